@@ -1,0 +1,34 @@
+"""Errors that a user can cause, each told in one line: what is wrong, where, and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The command line prints it as one line and exits with 2."""
+
+
+class UnknownName(UserError):
+    """A name that is none of the known ones; the message offers the nearest."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        options = sorted(known)
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(options)
+        super().__init__(f"unknown {kind}: {name!r}; {hint}")
+
+
+class BackendUnavailable(UserError):
+    """A backend that was asked for by name cannot run here; the message says why."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read or written; the message names the file, tensor or field."""
+
+
+class DataError(UserError):
+    """Training or evaluation data that cannot be used; the message names the file or the lengths."""
+
+
+class NonFiniteLoss(UserError):
+    """Training met a loss that is not a number; the message names the step and the first bad layer."""
