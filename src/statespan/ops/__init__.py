@@ -1,0 +1,25 @@
+"""Pure tensor functions, each with a reference, a fast CPU form and gradients; see docs/architecture.md."""
+
+from statespan.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from statespan.ops.grouped_mlp import grouped_mlp
+from statespan.ops.linear import linear, quantize_rows
+from statespan.ops.linear_cross_entropy import linear_cross_entropy
+from statespan.ops.rms_norm import gated_rms_norm, rms_norm
+from statespan.ops.selective_scan import selective_scan
+from statespan.ops.ssd import ssd
+from statespan.ops.state_update import selective_state_update, ssd_state_update
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "grouped_mlp",
+    "linear",
+    "linear_cross_entropy",
+    "quantize_rows",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_update",
+    "ssd",
+    "ssd_state_update",
+]

@@ -1,0 +1,94 @@
+"""Which backend runs an op, why, and why the others do not.
+
+A backend is a named implementation of an op: "reference" (the recurrence, any device), "cpu" (Numba), and
+the names that GPU kernels will add. Every op lists its backends here, best first; "auto" takes the first that
+can run on the tensors' device, a name runs that backend or raises BackendUnavailable.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from statespan.errors import BackendUnavailable, UnknownName
+
+
+@cache
+def _why_not_numba() -> str | None:
+    if find_spec("numba") is None:
+        return "numba is not installed; pip install numba"
+    return None
+
+
+def _why_not_cpu(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU only, and the tensors are on {device}"
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"its kernels take float32 and bfloat16, and a tensor is {str(dtype).removeprefix('torch.')}"
+    return _why_not_numba()
+
+
+def _never(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A named way to run ops."""
+
+    name: str
+    summary: str
+    why_not: Callable[[torch.device, tuple[torch.dtype, ...]], str | None]  # None: it can run on that device
+
+
+BACKENDS = {
+    "cpu": Backend("cpu", "Numba kernels compiled at first use", _why_not_cpu),
+    "torch": Backend("torch", "vectorised PyTorch, any device", _never),
+    "reference": Backend("reference", "the plain equations in PyTorch, any device, slow", _never),
+}
+
+# The backends of each op, best first.
+OPS: dict[str, tuple[str, ...]] = {
+    "selective_scan": ("cpu", "reference"),
+    "ssd": ("torch", "reference"),
+    "causal_conv1d": ("cpu", "torch", "reference"),
+    "causal_conv1d_update": ("cpu", "reference"),
+    "selective_state_update": ("cpu", "reference"),
+    "ssd_state_update": ("cpu", "reference"),
+    "rms_norm": ("cpu", "reference"),
+    "gated_rms_norm": ("cpu", "reference"),
+    "grouped_mlp": ("torch", "reference"),
+    "linear_cross_entropy": ("torch", "reference"),
+    "linear": ("cpu", "torch"),
+}
+
+
+@cache
+def resolve(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The name of the backend that runs `op` on `device` with tensors of `dtypes`.
+
+    Raises UnknownName for a name that is no backend of the op, BackendUnavailable where a named one cannot run.
+    """
+    candidates = OPS[op]
+    if backend == "auto":
+        return next(name for name in candidates if BACKENDS[name].why_not(device, dtypes) is None)
+    if backend not in candidates:
+        raise UnknownName(f"backend of {op}", backend, candidates)
+    reason = BACKENDS[backend].why_not(device, dtypes)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} of {op} cannot run here: {reason}")
+    return backend
+
+
+def explain(device: torch.device) -> list[tuple[str, str, str]]:
+    """Rows (op, backend, "runs" | "ready" | why not) of every op on `device`; the first ready one runs."""
+    rows = []
+    for op, candidates in OPS.items():
+        chosen = resolve(op, "auto", device)
+        for name in candidates:
+            reason = BACKENDS[name].why_not(device, ())
+            rows.append((op, name, "runs" if name == chosen else reason or "ready"))
+    return rows

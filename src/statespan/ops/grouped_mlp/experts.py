@@ -1,0 +1,42 @@
+"""The experts' parameters and one expert's two halves, for every backend."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from statespan.ops.linear import linear
+
+ACTIVATIONS = ("gelu", "relu", "silu", "swiglu")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The parameters; shapes in the docstring of `statespan.ops.grouped_mlp`."""
+
+    up_proj: Tensor
+    down_proj: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def up(self, rows: Tensor, expert: int) -> Tensor:
+        """[.. h] -> [.. f] (swiglu: [.. 2f])."""
+        return linear(rows, self.up_proj[expert], None if self.up_bias is None else self.up_bias[expert])
+
+    def down(self, inner: Tensor, expert: int) -> Tensor:
+        """[.. f] -> [.. h]."""
+        return linear(inner, self.down_proj[expert], None if self.down_bias is None else self.down_bias[expert])
+
+
+def activate(inner: Tensor, activation: str) -> Tensor:
+    """The activation; swiglu is silu(first half) * second half."""
+    match activation:
+        case "swiglu":
+            gate, up = inner.chunk(2, dim=-1)
+            return F.silu(gate) * up
+        case "silu":
+            return F.silu(inner)
+        case "relu":
+            return F.relu(inner)
+        case _:
+            return F.gelu(inner)

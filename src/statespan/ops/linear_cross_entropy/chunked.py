@@ -1,0 +1,77 @@
+"""Cross entropy of a linear head, some tokens at a time: the logits of one chunk live at once."""
+
+import torch
+from torch import Tensor
+
+from statespan.errors import UserError
+
+LOGIT_BYTES = 64 << 20  # of one chunk's logits in float32; twice that is held at once
+
+
+def losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    valid_vocab_size: int,
+    token_scale: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's loss, and the gradients of sum(token_scale * loss).
+
+    Args:
+        hidden, weight, labels: [t h], [v h], [t]; ignore_index and valid_vocab_size as in
+            `statespan.ops.linear_cross_entropy`.
+        token_scale: [t], or None for ones.
+        need_hidden, need_weight: which gradients are wanted; the others come back empty.
+
+    Returns:
+        losses [t] float32, and the gradients [t h] and [v h] in the dtypes of hidden and weight.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    counted = (labels != ignore_index).nonzero()[:, 0]
+    check_labels(labels[counted], valid_vocab_size)
+    losses = hidden.new_zeros(labels.shape, dtype=dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
+    grad_weight = weight.new_zeros(weight.shape if need_weight else 0, dtype=dtype)
+    head, grad_head = weight[:valid_vocab_size], grad_weight[:valid_vocab_size]
+    for tokens in _chunks(counted, valid_vocab_size):
+        rows, targets = hidden[tokens], labels[tokens][:, None]
+        logits = (rows @ head.T).to(dtype)
+        logits = torch.log_softmax(logits, dim=-1)
+        losses[tokens] = -logits.gather(1, targets)[:, 0]
+        if not (need_hidden or need_weight):
+            continue
+        grad_logits = logits.exp_().scatter_add_(1, targets, logits.new_full(targets.shape, -1.0)).to(hidden.dtype)
+        scale = 1 if token_scale is None else token_scale[tokens, None]
+        if need_hidden:
+            grad_hidden[tokens] = ((grad_logits @ head) * scale).to(hidden.dtype)
+        if need_weight:
+            rows = (rows * scale).to(rows.dtype)
+            if weight.dtype == dtype:
+                grad_head.addmm_(grad_logits.T, rows)
+            else:
+                grad_head += grad_logits.T @ rows
+    return losses, grad_hidden, grad_weight.to(weight.dtype)
+
+
+def check_labels(labels: Tensor, valid_vocab_size: int) -> None:
+    """Raise UserError for a label that is no row of the vocabulary."""
+    if labels.numel() == 0:
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= valid_vocab_size:
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"linear_cross_entropy: label {wrong} is out of range; the vocabulary is 0 to {valid_vocab_size - 1}"
+        )
+
+
+def _chunks(counted: Tensor, vocab_size: int) -> tuple[Tensor, ...]:
+    """Places of tokens in equal parts, each with at most LOGIT_BYTES of float32 logits."""
+    if counted.numel() == 0:
+        return ()
+    most = max(1, LOGIT_BYTES // (4 * vocab_size))
+    parts = -(-counted.numel() // most)
+    return counted.split(-(-counted.numel() // parts))

@@ -1,0 +1,139 @@
+"""Compiles a kernel once and keeps its machine code on disk.
+
+A kernel becomes one C function `void kernel(int64 *call)`, see `threads.py` for the layout of `call`. Its object code
+is stored under a name made of everything it depends on: the processor, the versions of Numba and llvmlite, and the source
+text of this package, of the files `cpu*.py` beside the kernel, and of the modules of `ops` itself; kernels import from
+nowhere else. So a changed kernel never runs stale code, and a warm start loads the object through llvmlite without
+importing Numba.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import tempfile
+import threading
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from statespan.ops.numba_kernels.host import cpu_features, cpu_name, vector_width
+
+ARGUMENTS = 8  # word of the call buffer where the kernel's arguments begin; the words before it are the work counters
+
+_lock = threading.RLock()
+_engines: list[Any] = []  # loaded code lives as long as the process
+
+
+def load(module: str, function: str, ints: tuple[str, ...], floats: tuple[str, ...]) -> int:
+    """The address of the compiled kernel `function` of `module`, from the disk if it was compiled before."""
+    with _lock:
+        symbol = f"statespan_{function}"
+        path = _cache_path(module, function)
+        try:
+            code = path.read_bytes() if path else b""
+        except OSError:
+            code = b""
+        if not code:
+            _announce(f"{module.rpartition('.')[0]}.{function}", path)
+            code = _compile(module, function, ints, floats, symbol)
+            if path:
+                _store(path, code)
+        return _link(code, symbol)
+
+
+def cache_directory() -> Path | None:
+    """Where object code is kept: NUMBA_CACHE_DIR, else the user's cache folder; None where nothing can be written."""
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        root = Path(os.environ["NUMBA_CACHE_DIR"])
+    elif sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        (root / "statespan").mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return root / "statespan" if os.access(root / "statespan", os.W_OK) else None
+
+
+def _cache_path(module: str, function: str) -> Path | None:
+    directory = cache_directory()
+    if directory is None:
+        return None
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    here = Path(__file__).parent
+    sources = {
+        *Path(spec.origin).parent.glob("cpu*.py"),
+        *here.glob("*.py"),
+        *here.parent.glob("*.py"),
+        Path(spec.origin),
+    }
+    digest = hashlib.sha256()
+    for source in sorted(sources):
+        digest.update(source.read_bytes())
+    digest.update(f"{cpu_name()} {cpu_features()} {version('numba')} {version('llvmlite')} {sys.platform}".encode())
+    return directory / f"{module.removeprefix('statespan.ops.')}.{function}.{digest.hexdigest()[:16]}.o"
+
+
+def _store(path: Path, code: bytes) -> None:
+    """Write so that a reader in another process sees all of it or nothing. A full disk costs only the cache."""
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(code)
+        file.close()
+        Path(file.name).replace(path)
+
+
+def _announce(kernel: str, path: Path | None) -> None:
+    kept = f"cached in {path.parent}" if path else "not cached: no folder to write to, set NUMBA_CACHE_DIR"
+    print(f"statespan: compiling {kernel.removeprefix('statespan.ops.')} (once; {kept})", file=sys.stderr, flush=True)
+
+
+def _target_machine() -> Any:
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=cpu_name(), features=cpu_features(), opt=3, codemodel="jitdefault", jit=True
+    )
+
+
+def _initialize_llvm() -> None:
+    if not _engines:
+        if int(version("llvmlite").split(".")[1]) < 45:
+            llvm.initialize()
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+
+
+def _compile(module: str, function: str, ints: tuple[str, ...], floats: tuple[str, ...], symbol: str) -> bytes:
+    from statespan.ops.numba_kernels.entry import entry_point
+
+    kernel = getattr(importlib.import_module(module), function)
+    expected = ["item", "worker", *ints, *floats]
+    actual = list(inspect.signature(getattr(kernel, "py_func", kernel)).parameters)
+    assert actual == expected, f"{module}.{function} takes {actual}, its Kernel says {expected}"
+    entry = entry_point(kernel, len(ints), len(floats))
+    _initialize_llvm()
+    compiled = llvm.parse_assembly(entry.inspect_llvm().replace(entry.native_name, symbol))
+    needs = {f.name for f in compiled.functions if f.is_declaration and not f.name.startswith("llvm.")}
+    assert needs <= {"memset", "memcpy", "memmove"}, f"{module}.{function} calls {sorted(needs)}: nothing may raise"
+    return _target_machine().emit_object(compiled)
+
+
+def _link(code: bytes, symbol: str) -> int:
+    _initialize_llvm()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return engine.get_function_address(symbol)
+
+
+CFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -1,0 +1,28 @@
+"""What the segment number of each token means for ops that mix tokens."""
+
+import torch
+from torch import Tensor
+
+CONTINUES, RESTARTS, PADDING = 0, 1, 2
+
+
+def token_marks(segments: Tensor) -> Tensor:
+    """[b t] int8: PADDING where the number is negative, RESTARTS where it differs from the last real token's.
+
+    A row's first real token continues what came in as its initial state; padding before or between tokens changes
+    nothing.
+    """
+    real = segments >= 0
+    index = torch.arange(segments.shape[1], device=segments.device)
+    last_real = torch.where(real, index, -1).cummax(dim=1).values
+    previous = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
+    changes = segments.gather(1, previous.clamp(min=0)) != segments
+    return torch.where(real, (changes & (previous >= 0)).to(torch.int8) * RESTARTS, PADDING).to(torch.int8)
+
+
+def run_numbers(segments: Tensor) -> Tensor:
+    """[b t] int64: how many restarts there were up to each token; real tokens of one number see each other.
+
+    Run 0 is the one that the initial state enters. Padding has the number of the last real token before it.
+    """
+    return (token_marks(segments) == RESTARTS).cumsum(dim=1)

@@ -1,0 +1,339 @@
+# pyright: basic, reportMissingParameterType=false
+# Numba infers the types of kernels.
+"""The backward kernel of the selective scan; `cpu.py` is its host side. Imported only to compile.
+
+Chunks run from the last to the first. Each is computed again from the state before it, WIDTH states at a time (a tile),
+keeping states and decays; then the recurrence runs backward over it.
+"""
+
+from typing import NamedTuple
+
+from statespan.ops.numba_kernels.special_functions import sigmoid, softplus
+from statespan.ops.numba_kernels.vector import (
+    WIDTH,
+    absolute,
+    broadcast,
+    jit,
+    load,
+    load_scalar,
+    prefetch,
+    prefetch_to_write,
+    store,
+    store_any,
+    sums_of_vectors,
+    where_less,
+    zeros,
+)
+from statespan.ops.segments import PADDING, RESTARTS
+from statespan.ops.selective_scan.cpu import CHUNK
+from statespan.ops.selective_scan.cpu_recurrence import (
+    BYTES,
+    LN_2,
+    MAMBA,
+    ZOH,
+    Matrix,
+    Rows,
+    address_of,
+    advance,
+    clear,
+    discretize,
+    get,
+    load_columns,
+    mark_of,
+    optional,
+    place_of,
+    put,
+    read,
+    store_columns,
+    write,
+)
+
+TILE_STATES = 4
+TILE = TILE_STATES * BYTES
+# Scratch arrays [chunk lanes]: dt, d dt / d raw dt, u, gradients of y before the gate and of the gate, y before the gate.
+STEPS, SLOPES, INPUTS, GRADS, GATES, OUTPUTS, GRADS_U, GRADS_DT = range(8)
+
+
+class Streams(NamedTuple):
+    """The rows of one vector of channels: what a chunk reads and what it writes."""
+
+    u: Rows
+    dt: Rows
+    z: Rows
+    grad_y: Rows
+    grad_u: Rows
+    grad_dt: Rows
+    grad_z: Rows
+
+
+class Tile(NamedTuple):
+    """Up to WIDTH states of a vector of channels: scratch addresses and the matrices' columns."""
+
+    num_states: int
+    history: int  # [chunk+1 n lanes], states; entry t is before step t
+    decays: int  # [chunk n lanes]
+    nothing: int  # [n lanes], zeros
+    rates: int  # [n lanes], A log2(e)
+    carry: int  # [n lanes], gradient of the state between the steps
+    grad_A: int  # [n lanes]
+    grad_B: int  # [n lanes] of the first step, the others follow `stride` bytes apart
+    grad_C: int
+    stride: int
+    B: Matrix
+    C: Matrix
+
+
+@jit
+def _prepare(lines, u, dt, z, grad_y, bias, skip, dt_softplus, num_steps):
+    """Everything about a token that does not depend on the states."""
+    for t in range(num_steps):
+        step, slope = read(dt, t) + bias, broadcast(1.0)
+        if dt_softplus != 0:
+            slope, step = sigmoid(step), softplus(step)
+        value, grad = read(u, t), read(grad_y, t)
+        if z.address != 0:
+            gate = read(z, t)
+            opening = sigmoid(gate)
+            put(lines, GATES, t, grad * opening * (gate * (1.0 - opening) + 1.0))
+            grad = grad * gate * opening
+        put(lines, STEPS, t, step)
+        put(lines, SLOPES, t, slope)
+        put(lines, INPUTS, t, value)
+        put(lines, GRADS, t, grad)
+        put(lines, OUTPUTS, t, skip * value)
+        put(lines, GRADS_U, t, skip * grad)
+        put(lines, GRADS_DT, t, zeros())
+
+
+@jit
+def _fetch(rows, t):
+    """Ask for step t of the next chunk's inputs and of this chunk's outputs."""
+    before = t - CHUNK  # chunks run backward
+    prefetch(address_of(rows.u, before))
+    prefetch(address_of(rows.dt, before))
+    prefetch(address_of(rows.z, before))
+    prefetch(address_of(rows.grad_y, before))
+    prefetch_to_write(address_of(rows.grad_u, t))
+    prefetch_to_write(address_of(rows.grad_dt, t))
+    prefetch_to_write(address_of(rows.grad_z, t))
+
+
+@jit
+def _replay(lines, tile, marks, rows, fetch, discretization, num_steps):
+    """The states and decays of a chunk once more."""
+    for t in range(num_steps):
+        if fetch:
+            _fetch(rows, t)
+        before, after = tile.history + t * TILE, tile.history + (t + 1) * TILE
+        mark = mark_of(marks, t)
+        if mark == PADDING:
+            for n in range(tile.num_states):
+                store(after, n * WIDTH, load(before, n * WIDTH))
+        else:
+            if mark == RESTARTS:
+                before = tile.nothing
+            B, C = tile.B.address + t * tile.B.stride, tile.C.address + t * tile.C.stride
+            dt, u, decays = get(lines, STEPS, t), get(lines, INPUTS, t), tile.decays + t * TILE
+            y = advance(before, after, decays, tile.rates, dt, u, B, C, TILE_STATES, discretization)
+            put(lines, OUTPUTS, t, get(lines, OUTPUTS, t) + y)
+
+
+@jit
+def _token_mamba(tile, before, after, decays, dt, u, g, B, C, grad_B, grad_C):
+    """One token backward: returns the gradients of u and dt, and takes the carry to before the token."""
+    by_dtu, by_exponent = zeros(), zeros()
+    dtu = dt * u
+    for n in range(TILE_STATES):
+        by_state = g * load_scalar(C, n) + load(tile.carry, n * WIDTH)
+        store(grad_C, n * WIDTH, load(grad_C, n * WIDTH) + g * load(after, n * WIDTH))
+        store(grad_B, n * WIDTH, load(grad_B, n * WIDTH) + by_state * dtu)
+        by_dtu = by_dtu + by_state * load_scalar(B, n)
+        by_before = by_state * load(decays, n * WIDTH)
+        store(tile.carry, n * WIDTH, by_before)
+        by_log_decay = by_before * load(before, n * WIDTH)
+        by_exponent = by_exponent + by_log_decay * load(tile.rates, n * WIDTH)
+        store(tile.grad_A, n * WIDTH, load(tile.grad_A, n * WIDTH) + by_log_decay * dt)
+    return by_dtu * dt, by_dtu * u + by_exponent * LN_2
+
+
+@jit
+def _slopes(dt, A, Abar, discretization):
+    """The derivative of Abar by dt A, which is also that of Bbar / B by dt, and the derivative of Bbar / B by A."""
+    if discretization == ZOH:
+        x = dt * A
+        # (e^x - (e^x - 1) / x) / x, by its series where the difference would cancel
+        series = ((((x * (1 / 840) + 1 / 144) * x + 1 / 30) * x + 1 / 8) * x + 1 / 3) * x + 0.5
+        near = broadcast(0.3)
+        safe = where_less(absolute(x), near, near, x)
+        far = (Abar - (Abar - 1.0) / safe) / safe
+        return Abar, dt * dt * where_less(absolute(x), near, series, far)
+    r = 0.5 * Abar + 0.5
+    return r * r, 0.5 * (dt * r) * (dt * r)
+
+
+@jit
+def _token_general(tile, before, after, dt, u, g, B, C, grad_B, grad_C, discretization):
+    """`_token_mamba` for the rules in which Bbar depends on A."""
+    by_u, by_dt = zeros(), zeros()
+    for n in range(tile.num_states):
+        A = load(tile.rates, n * WIDTH) * LN_2
+        Abar, scale = discretize(dt, A, discretization)
+        slope, slope_A = _slopes(dt, A, Abar, discretization)
+        by_state = g * load_scalar(C, n) + load(tile.carry, n * WIDTH)
+        store(grad_C, n * WIDTH, load(grad_C, n * WIDTH) + g * load(after, n * WIDTH))
+        store(grad_B, n * WIDTH, load(grad_B, n * WIDTH) + by_state * scale * u)
+        by_u = by_u + by_state * scale * load_scalar(B, n)
+        store(tile.carry, n * WIDTH, by_state * Abar)
+        by_scale = by_state * u * load_scalar(B, n)
+        by_exponent = by_state * load(before, n * WIDTH) * slope
+        by_dt = by_dt + by_exponent * A + by_scale * slope
+        store(tile.grad_A, n * WIDTH, load(tile.grad_A, n * WIDTH) + by_exponent * dt + by_scale * slope_A)
+    return by_u, by_dt
+
+
+@jit
+def _reverse(lines, tile, marks, discretization, num_steps):
+    """The recurrence of a chunk backward."""
+    for t in range(num_steps - 1, -1, -1):
+        mark = mark_of(marks, t)
+        if mark != PADDING:
+            before, after = tile.history + t * TILE, tile.history + (t + 1) * TILE
+            if mark == RESTARTS:
+                before = tile.nothing
+            dt, u, g = get(lines, STEPS, t), get(lines, INPUTS, t), get(lines, GRADS, t)
+            B, C = tile.B.address + t * tile.B.stride, tile.C.address + t * tile.C.stride
+            grad_B, grad_C = tile.grad_B + t * tile.stride, tile.grad_C + t * tile.stride
+            if discretization == MAMBA:
+                decays = tile.decays + t * TILE
+                by_u, by_dt = _token_mamba(tile, before, after, decays, dt, u, g, B, C, grad_B, grad_C)
+            else:
+                by_u, by_dt = _token_general(tile, before, after, dt, u, g, B, C, grad_B, grad_C, discretization)
+            put(lines, GRADS_U, t, get(lines, GRADS_U, t) + by_u)
+            put(lines, GRADS_DT, t, get(lines, GRADS_DT, t) + by_dt)
+            if mark == RESTARTS:
+                clear(tile.carry, tile.num_states)
+
+
+@jit
+def _finish(lines, grad_u, grad_dt, grad_z, sum_D, sum_bias, marks, num_steps):
+    """Write the gradients of a chunk's tokens and add to the vectors at sum_D and sum_bias."""
+    by_D, by_bias = load(sum_D, 0), load(sum_bias, 0)
+    for t in range(num_steps):
+        if mark_of(marks, t) == PADDING:
+            write(grad_u, t, zeros())
+            write(grad_dt, t, zeros())
+            if grad_z.address != 0:
+                write(grad_z, t, zeros())
+        else:
+            by_raw_dt = get(lines, GRADS_DT, t) * get(lines, SLOPES, t)
+            by_D = by_D + get(lines, GRADS, t) * get(lines, INPUTS, t)
+            by_bias = by_bias + by_raw_dt
+            write(grad_u, t, get(lines, GRADS_U, t))
+            write(grad_dt, t, by_raw_dt)
+            if grad_z.address != 0:
+                write(grad_z, t, get(lines, GATES, t) * get(lines, OUTPUTS, t))
+    store(sum_D, 0, by_D)
+    store(sum_bias, 0, by_bias)
+
+
+@jit
+def _sum_lanes(target, index, stride, source, source_row, num_states, num_steps):
+    """Sums over the channels of a block: [t n lanes] into rows of n at `target`."""
+    for t in range(num_steps):
+        for n in range(0, num_states, WIDTH):
+            total = sums_of_vectors(source + t * source_row + n * BYTES)
+            store_any(target, index + t * stride + n, total, num_states - n, 0)
+
+
+@jit
+def backward(
+    item, worker, u, u_b, u_t, u_bf16, dt, dt_b, dt_t, dt_bf16, z, z_b, z_t, z_bf16, B, B_b, B_t, B_g, C, C_b, C_t, C_g,
+    A, D, dt_bias, marks, length, channels, groups, num_states, block, blocks, dt_softplus, discretization,
+    memory, memory_row, g, g_b, g_t, g_bf16, grad_final, starts, grad_u, grad_dt, grad_z, grad_A, grad_B, grad_C, grad_D,
+    grad_bias, grad_initial,
+):  # fmt: skip
+    """All gradients. Those of A [b n d], D and dt_bias [b d] are for each row, of B and C [b blocks t g n] for each block."""
+    row, group, first, end, vectors = place_of(item, channels, groups, blocks, block)
+    tiles = (num_states + TILE_STATES - 1) // TILE_STATES
+    column = num_states * BYTES  # [n lanes]
+    sums_row = ((num_states + WIDTH - 1) // WIDTH * WIDTH + 1) * BYTES
+    all_lines = memory + worker * memory_row * 4
+    history = all_lines + block * 8 * CHUNK * BYTES
+    decays = history + (CHUNK + 1) * TILE
+    nothing = decays + CHUNK * TILE
+    sums_B = nothing + TILE  # [chunk n lanes]
+    sums_C = sums_B + CHUNK * sums_row
+    rates = sums_C + CHUNK * sums_row  # [vectors n lanes]
+    carries, sums_A = rates + block * column, rates + 2 * block * column
+    sums_D = rates + 3 * block * column  # [vectors lanes]
+    sums_bias = sums_D + block * BYTES
+    clear(nothing, TILE_STATES)
+    clear(sums_A, block * num_states)
+    clear(sums_D, 2 * block)
+    for v in range(vectors):
+        c = first + v * WIDTH
+        load_columns(rates + v * column, A, c, channels, num_states, end - c)
+        load_columns(carries + v * column, grad_final, row * num_states * channels + c, channels, num_states, end - c)
+
+    num_chunks = (length + CHUNK - 1) // CHUNK
+    for k in range(num_chunks - 1, -1, -1):
+        t0 = k * CHUNK
+        num_steps = min(CHUNK, length - t0)
+        token = row * length + t0
+        here = marks + token if marks != 0 else 0
+        for v in range(vectors):
+            c = first + v * WIDTH
+            count = end - c
+            u_rows = Rows(u, row * u_b + t0 * u_t + c, u_t, u_bf16, count)
+            dt_rows = Rows(dt, row * dt_b + t0 * dt_t + c, dt_t, dt_bf16, count)
+            z_rows = Rows(z, row * z_b + t0 * z_t + c, z_t, z_bf16, count)
+            g_rows = Rows(g, row * g_b + t0 * g_t + c, g_t, g_bf16, count)
+            bias, skip = optional(dt_bias, c, count), optional(D, c, count)
+            lines = all_lines + v * 8 * CHUNK * BYTES
+            _prepare(lines, u_rows, dt_rows, z_rows, g_rows, bias, skip, dt_softplus, num_steps)
+        clear(sums_B, CHUNK * sums_row // BYTES)
+        clear(sums_C, CHUNK * sums_row // BYTES)
+        for i in range(tiles):
+            n0 = i * TILE_STATES
+            num = min(TILE_STATES, num_states - n0)
+            B_here = Matrix(B + (row * B_b + t0 * B_t + group * B_g + n0) * 4, B_t * 4)
+            C_here = Matrix(C + (row * C_b + t0 * C_t + group * C_g + n0) * 4, C_t * 4)
+            for v in range(vectors):
+                c, offset = first + v * WIDTH, v * column + n0 * BYTES
+                start = ((row * num_chunks + k) * num_states + n0) * channels + c
+                load_columns(history, starts, start, channels, num, end - c)
+                tile = Tile(
+                    num, history, decays, nothing, rates + offset, carries + offset, sums_A + offset,
+                    sums_B + n0 * BYTES, sums_C + n0 * BYTES, sums_row, B_here, C_here,
+                )  # fmt: skip
+                lines = all_lines + v * 8 * CHUNK * BYTES
+                count = end - c
+                rows = Streams(
+                    Rows(u, row * u_b + t0 * u_t + c, u_t, u_bf16, count),
+                    Rows(dt, row * dt_b + t0 * dt_t + c, dt_t, dt_bf16, count),
+                    Rows(z, row * z_b + t0 * z_t + c, z_t, z_bf16, count),
+                    Rows(g, row * g_b + t0 * g_t + c, g_t, g_bf16, count),
+                    Rows(grad_u, token * channels + c, channels, u_bf16, count),
+                    Rows(grad_dt, token * channels + c, channels, dt_bf16, count),
+                    Rows(grad_z, token * channels + c, channels, z_bf16, count),
+                )
+                _replay(lines, tile, here, rows, i == 0, discretization, num_steps)
+                _reverse(lines, tile, here, discretization, num_steps)
+        for v in range(vectors):
+            c = first + v * WIDTH
+            count = end - c
+            lines = all_lines + v * 8 * CHUNK * BYTES
+            u_grads = Rows(grad_u, token * channels + c, channels, u_bf16, count)
+            dt_grads = Rows(grad_dt, token * channels + c, channels, dt_bf16, count)
+            z_grads = Rows(grad_z, token * channels + c, channels, z_bf16, count)
+            _finish(lines, u_grads, dt_grads, z_grads, sums_D + v * BYTES, sums_bias + v * BYTES, here, num_steps)
+        part = ((row * blocks + item % blocks) * length + t0) * groups + group
+        _sum_lanes(grad_B, part * num_states, groups * num_states, sums_B, sums_row, num_states, num_steps)
+        _sum_lanes(grad_C, part * num_states, groups * num_states, sums_C, sums_row, num_states, num_steps)
+    for v in range(vectors):
+        c = first + v * WIDTH
+        count, states = end - c, row * num_states * channels + c
+        store_columns(grad_A, states, channels, sums_A + v * column, num_states, count)
+        store_columns(grad_initial, states, channels, carries + v * column, num_states, count)
+        store_any(grad_D, row * channels + c, load(sums_D, v * WIDTH), count, 0)
+        store_any(grad_bias, row * channels + c, load(sums_bias, v * WIDTH), count, 0)

@@ -1,0 +1,157 @@
+"""One-token updates on the CPU: tensors to the kernels of `cpu_kernels.py`."""
+
+import torch
+from torch import Tensor
+
+from statespan.ops.numba_kernels import Kernel, num_workers
+
+_MODULE = "statespan.ops.state_update.cpu_kernels"
+_selective = Kernel(
+    _MODULE,
+    "selective_state_update",
+    "state u dt A B C D z dt_bias y next_state channels states groups channels_per_item u_stride dt_stride"
+    " B_stride B_group_stride C_stride C_group_stride z_stride u_bf16 dt_bf16 B_bf16 C_bf16 z_bf16 dt_softplus"
+    " discretization",
+)
+_ssd = Kernel(
+    _MODULE,
+    "ssd_state_update",
+    "state x dt A B C D dt_bias y next_state heads head_dim states groups x_stride dt_stride B_stride B_group_stride"
+    " C_stride C_group_stride D_stride D_dim_stride x_bf16 dt_bf16 B_bf16 C_bf16 dt_softplus discretization",
+    "dt_min dt_max",
+)
+
+BF16 = torch.bfloat16
+DISCRETIZATIONS = {"mamba": 0, "zoh": 1, "bilinear": 2}
+CHANNELS_PER_ITEM = 256
+ALONE = 1 << 15  # state values that one thread has updated before another is awake
+
+
+def _last(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension; the outer strides stay."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x contiguous in float32."""
+    return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def selective_state_update(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    discretization: str,
+) -> tuple[Tensor, Tensor]:
+    """y and the next state of `statespan.ops.selective_state_update`."""
+    batch, channels, states = state.shape
+    state, A, u, dt, B, C = _plain(state), _plain(A), _last(u), _last(dt), _last(B), _last(C)
+    D = None if D is None else _plain(D)
+    dt_bias = None if dt_bias is None else _plain(dt_bias)
+    z = None if z is None else _last(z)
+    y, next_state = u.new_empty(u.shape), torch.empty_like(state)
+    num_items = batch * ((channels + CHANNELS_PER_ITEM - 1) // CHANNELS_PER_ITEM)
+    workers = 1 if state.numel() < ALONE else num_workers(num_items)
+    _selective.launch(
+        num_items,
+        workers,
+        state.data_ptr(),
+        u.data_ptr(),
+        dt.data_ptr(),
+        A.data_ptr(),
+        B.data_ptr(),
+        C.data_ptr(),
+        _address(D),
+        _address(z),
+        _address(dt_bias),
+        y.data_ptr(),
+        next_state.data_ptr(),
+        channels,
+        states,
+        B.shape[1],
+        CHANNELS_PER_ITEM,
+        u.stride(0),
+        dt.stride(0),
+        B.stride(0),
+        B.stride(1),
+        C.stride(0),
+        C.stride(1),
+        0 if z is None else z.stride(0),
+        u.dtype is BF16,
+        dt.dtype is BF16,
+        B.dtype is BF16,
+        C.dtype is BF16,
+        z is not None and z.dtype is BF16,
+        dt_softplus,
+        DISCRETIZATIONS[discretization],
+    )
+    return y, next_state
+
+
+def ssd_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    discretization: str,
+) -> tuple[Tensor, Tensor]:
+    """y and the next state of `statespan.ops.ssd_state_update`."""
+    batch, heads, head_dim, states = state.shape
+    state, A, dt, B, C = _plain(state), _plain(A), _last(dt), _last(B), _last(C)
+    if x.stride(2) != 1 or x.stride(1) != head_dim:
+        x = x.contiguous()
+    D = None if D is None else _plain(D)
+    dt_bias = None if dt_bias is None else _plain(dt_bias)
+    y, next_state = x.new_empty(x.shape), torch.empty_like(state)
+    workers = 1 if state.numel() < ALONE else num_workers(batch * heads)
+    _ssd.launch(
+        batch * heads,
+        workers,
+        state.data_ptr(),
+        x.data_ptr(),
+        dt.data_ptr(),
+        A.data_ptr(),
+        B.data_ptr(),
+        C.data_ptr(),
+        _address(D),
+        _address(dt_bias),
+        y.data_ptr(),
+        next_state.data_ptr(),
+        heads,
+        head_dim,
+        states,
+        B.shape[1],
+        x.stride(0),
+        dt.stride(0),
+        B.stride(0),
+        B.stride(1),
+        C.stride(0),
+        C.stride(1),
+        0 if D is None else D.stride(0),
+        0 if D is None or D.dim() == 1 else 1,
+        x.dtype is BF16,
+        dt.dtype is BF16,
+        B.dtype is BF16,
+        C.dtype is BF16,
+        dt_softplus,
+        DISCRETIZATIONS[discretization],
+        *dt_limit,
+    )
+    return y, next_state
