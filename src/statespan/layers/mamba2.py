@@ -1,0 +1,110 @@
+"""Mamba-2: the state-space dual mixer (arXiv 2405.21060, section 7)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from statespan.layers.config import Mamba2Config
+from statespan.layers.linear import Linear
+from statespan.layers.mixer import Mixer
+from statespan.layers.norm import GatedRMSNorm
+from statespan.layers.state import SSMState
+from statespan.ops import causal_conv1d, causal_conv1d_update, ssd, ssd_state_update
+
+
+class Mamba2(Mixer):
+    """[z|x|B|C|dt] = in_proj(h); [x|B|C] = silu(conv(..)); y = ssd(x, dt, A, B, C); out_proj(norm(y * silu(z)))."""
+
+    float32_parameters = ("A_log", "D", "dt_bias")
+
+    def __init__(self, hidden_size: int, config: Mamba2Config, norm_epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads, self.inner_size = config.heads(hidden_size), config.inner_size(hidden_size)
+        self.bc_size = config.num_groups * config.state_size
+        conv_size = self.inner_size + 2 * self.bc_size
+        self.in_proj = Linear(hidden_size, self.inner_size + conv_size + self.num_heads, bias=config.proj_bias)
+        self.conv1d = nn.Conv1d(conv_size, conv_size, config.conv_kernel, groups=conv_size, bias=config.conv_bias)
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads))
+        self.D = nn.Parameter(torch.ones(self.num_heads))
+        if config.gated_norm:
+            self.norm = GatedRMSNorm(
+                self.inner_size,
+                norm_epsilon,
+                num_groups=config.norm_groups or config.num_groups,
+                norm_before_gate=config.norm_before_gate,
+            )
+        self.out_proj = Linear(self.inner_size, hidden_size, bias=config.proj_bias)
+
+    def forward(
+        self, hidden: Tensor, state: SSMState | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, SSMState | None]:
+        if state is not None and hidden.shape[1] == 1 and segments is None and not torch.is_grad_enabled():
+            return self._step(hidden, state)
+        z, xBC, dt = self._project(hidden)
+        xBC, conv = causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_state=None if state is None else state.conv,
+            segments=segments,
+            return_final_state=True,
+        )
+        x, B, C = self._heads(xBC)
+        y, ssm = ssd(
+            x,
+            dt,
+            -torch.exp(self.A_log),
+            B,
+            C,
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=self.config.dt_limit,
+            initial_state=None if state is None else state.ssm,
+            segments=segments,
+            return_final_state=True,
+            chunk_size=self.config.chunk_size,
+            discretization=self.config.discretization,
+        )
+        return self._output(y, z), None if state is None else SSMState(conv, ssm)
+
+    def _project(self, hidden: Tensor) -> list[Tensor]:
+        sizes = [self.inner_size, self.inner_size + 2 * self.bc_size, self.num_heads]
+        return list(self.in_proj(hidden).split(sizes, dim=-1))
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [.. h p], B and C [.. g n] out of the conv's channels."""
+        x, B, C = xBC.split([self.inner_size, self.bc_size, self.bc_size], dim=-1)
+        groups = (self.config.num_groups, self.config.state_size)
+        return x.unflatten(-1, (self.num_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+        y = y.flatten(-2)
+        return self.out_proj(self.norm(y, z) if self.config.gated_norm else y * F.silu(z))
+
+    def _step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+        z, xBC, dt = self._project(hidden[:, 0])
+        xBC, conv = causal_conv1d_update(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x, B, C = self._heads(xBC)
+        y, ssm = ssd_state_update(
+            state.ssm,
+            x,
+            dt,
+            -torch.exp(self.A_log),
+            B,
+            C,
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=self.config.dt_limit,
+            discretization=self.config.discretization,
+        )
+        return self._output(y, z).unsqueeze(1), SSMState(conv, ssm)
+
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> SSMState:
+        conv_size = self.inner_size + 2 * self.bc_size
+        shape = (batch_size, self.num_heads, self.config.head_dim, self.config.state_size)
+        return SSMState(
+            torch.zeros(batch_size, self.config.conv_kernel - 1, conv_size, device=device, dtype=dtype),
+            torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)),
+        )

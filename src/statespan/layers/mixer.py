@@ -1,0 +1,27 @@
+"""The contract of a mixer: the half of a block that moves information between tokens."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statespan.layers.float32 import KeepFloat32
+from statespan.layers.state import State
+
+
+class Mixer(KeepFloat32):
+    """A sequence mixer with explicit state.
+
+    `forward(hidden, state, segments) -> (hidden, state)`: without a state it starts from zero and returns None for it;
+    with one it continues and returns the next. Segments follow docs/architecture.md: a change restarts, a negative
+    number is padding.
+    """
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, state: Any = None, segments: Tensor | None = None) -> tuple[Tensor, State | None]:
+        """Mix `hidden` [b t h] over t."""
+
+    @abstractmethod
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        """The state before the first token; `dtype` is that of the activations (the SSM part is float32)."""

@@ -1,0 +1,190 @@
+"""Typed states of the mixers. A state is a value: forward takes one, returns the next, and changes none."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class State:
+    """What every state can do: be cloned, moved, and have rows of its batch picked."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state's tensors by field name; each has the batch as its first dimension."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}  # type: ignore[arg-type]  # every State is a dataclass
+
+    def _map(self, function: Any) -> Self:
+        return replace(self, **{name: function(value) for name, value in self.tensors().items()})  # type: ignore[type-var]  # every State is a dataclass
+
+    def clone(self) -> Self:
+        """A copy that shares no memory."""
+        return self._map(torch.clone)
+
+    def detach(self) -> Self:
+        """The same values outside the autograd graph (truncated back-propagation)."""
+        return self._map(torch.detach)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The state on another device; dtypes stay."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def select(self, rows: Tensor) -> Self:
+        """The state of chosen batch rows, in the order given; a row may repeat (forking)."""
+        return self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row's main tensor; tells states of different models apart."""
+        raise NotImplementedError
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the tensors."""
+        return sum(value.numel() * value.element_size() for value in self.tensors().values())
+
+
+@dataclass(frozen=True)
+class SSMState(State):
+    """State of a Mamba mixer."""
+
+    conv: Tensor  # [b conv_kernel-1 channels], the newest inputs of the causal conv, oldest first
+    ssm: Tensor  # float32; Mamba-1 [b d n], Mamba-2 [b h p n]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.ssm.shape[1:])
+
+
+@dataclass(frozen=True)
+class RecurrentState(State):
+    """State of an LSTM or GRU mixer."""
+
+    hidden: Tensor  # [b hidden]
+    cell: Tensor | None = None  # [b hidden], LSTM only
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.hidden.shape[1:])
+
+
+@dataclass
+class _Fill:
+    """How many slots of a shared buffer are written; lets only the newest holder append in place."""
+
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class KVCache(State):
+    """Keys and values of an attention mixer, in a buffer with room to grow; the first `length` slots are in use.
+
+    Slots are shared by the whole batch; where a slot is padding for a row, or belongs to an earlier packed segment,
+    its position is -1 and it is never attended. Appending writes behind `length`, so an older cache stays valid; if
+    another cache has already appended behind it, the buffer is copied first.
+    """
+
+    key: Tensor  # [b capacity kv_heads head_dim]
+    value: Tensor  # [b capacity kv_heads head_dim]
+    position: Tensor  # [b capacity] int32, place of the slot's token in its sequence, or -1: not visible
+    next_position: Tensor  # [b] int32, position of the row's next token
+    conv: Tensor | None = None  # [b conv_kernel-1 channels], where the layer has a conv over q, k and v
+    length: int = 0  # slots in use
+    dropped: int = 0  # slots left behind by a sliding window
+    dense: bool = True  # every row sees every slot: no padding or packing so far
+    fill: _Fill = field(default_factory=_Fill, repr=False, compare=False)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.key.shape[2:])
+
+    def _map(self, function: Any) -> Self:
+        mapped = super()._map(function)
+        return replace(mapped, fill=_Fill(self.fill.count))
+
+    def append(self, key: Tensor, value: Tensor, position: Tensor, *, window: int | None = None) -> Self:
+        """The cache with slots for `key`, `value` [b t kv_heads head_dim] at `position` [b t] added.
+
+        A window lets slots go that no later token can see, whenever the buffer has to grow.
+        """
+        length = self.length + key.shape[1]
+        if torch.is_grad_enabled():
+            return self._concatenated(key, value, position)
+        cache = self
+        if length > self.key.shape[1] or self.fill.count != self.length:
+            cache = self._with_room(key.shape[1], window)
+            length = cache.length + key.shape[1]
+        new = slice(cache.length, length)
+        cache.key[:, new], cache.value[:, new], cache.position[:, new] = key, value, position
+        cache.fill.count = length
+        return replace(cache, length=length)
+
+    def _concatenated(self, key: Tensor, value: Tensor, position: Tensor) -> Self:
+        """Append without writing in place, so that autograd can follow."""
+        joined = {
+            "key": torch.cat([self.key[:, : self.length], key], dim=1),
+            "value": torch.cat([self.value[:, : self.length], value], dim=1),
+            "position": torch.cat([self.position[:, : self.length], position.to(torch.int32)], dim=1),
+        }
+        length = self.length + key.shape[1]
+        return replace(self, **joined, length=length, fill=_Fill(length))
+
+    def _with_room(self, extra: int, window: int | None) -> Self:
+        """A copy in a buffer with room for `extra` slots and a half more, without what the window has left behind."""
+        drop = max(0, self.length - (window - 1)) if window is not None and self.dense else 0
+        length = self.length - drop
+        capacity = max(64, (length + extra) * 3 // 2)
+
+        def grown(buffer: Tensor) -> Tensor:
+            out = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
+            out[:, :length] = buffer[:, drop : self.length]
+            return out
+
+        return replace(
+            self,
+            key=grown(self.key),
+            value=grown(self.value),
+            position=grown(self.position),
+            length=length,
+            dropped=self.dropped + drop,
+            fill=_Fill(length),
+        )
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """The states of all layers of a model, one entry a layer (None for a layer without a mixer)."""
+
+    layers: tuple[State | None, ...]
+
+    def _map(self, function: Any) -> "ModelState":
+        return ModelState(tuple(None if layer is None else function(layer) for layer in self.layers))
+
+    def clone(self) -> "ModelState":
+        """A copy that shares no memory."""
+        return self._map(lambda layer: layer.clone())
+
+    def detach(self) -> "ModelState":
+        """The same values outside the autograd graph (truncated back-propagation)."""
+        return self._map(lambda layer: layer.detach())
+
+    def to(self, device: torch.device | str) -> "ModelState":
+        """The state on another device."""
+        return self._map(lambda layer: layer.to(device))
+
+    def select(self, rows: Tensor) -> "ModelState":
+        """The state of chosen batch rows, in the order given; a row may repeat (forking)."""
+        return self._map(lambda layer: layer.select(rows))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.num_bytes for layer in self.layers if layer is not None)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        for layer in self.layers:
+            for tensor in layer.tensors().values() if layer is not None else ():
+                return tensor.shape[0]
+        return 0

@@ -1,0 +1,1 @@
+"""Models: configs, presets, the backbone and the language model."""

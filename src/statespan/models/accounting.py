@@ -1,0 +1,242 @@
+"""What a config costs before anything is built: parameters, FLOPs a token, KV-cache and state bytes a sequence.
+
+Everything follows from two tables: the shapes of a layer's parameters (`mixer_shapes`, `feed_forward_shapes`; the same
+names as in the module) and the sizes of a mixer's state. A FLOP is one addition or one multiplication.
+"""
+
+import math
+from dataclasses import dataclass
+
+from statespan.layers.config import MLPConfig, MoEConfig
+from statespan.models.config import ModelConfig
+from statespan.models.layer_pattern import LayerSpec
+
+Shapes = dict[str, tuple[int, ...]]  # parameter name inside the module: shape
+TRAINING_FACTOR = 3  # the backward pass multiplies twice for each multiplication of the forward pass
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters."""
+
+    total: int
+    active: int  # that one token meets: of the experts, top_k of num_experts
+    embedding: int = 0  # embedding and untied head, contained in both
+
+
+def mixer_shapes(config: ModelConfig, mixer: str) -> Shapes:
+    """Shape of each parameter of a mixer, by its name in the module."""
+    match mixer:
+        case "mamba1":
+            return _mamba1_shapes(config)
+        case "mamba2":
+            return _mamba2_shapes(config)
+        case "attention":
+            return _attention_shapes(config)
+        case _:
+            return _recurrent_shapes(config, gates=4 if mixer == "lstm" else 3)
+
+
+def _mamba1_shapes(config: ModelConfig) -> Shapes:
+    sizes, hidden = config.mamba1, config.hidden_size
+    inner, rank, states = config.mamba1_inner_size, config.mamba1_dt_rank, sizes.state_size
+    shapes = _linear("in_proj", 2 * inner, hidden, sizes.proj_bias)
+    shapes |= _conv(inner, sizes.conv_kernel, sizes.conv_bias)
+    shapes |= {"x_proj.weight": (rank + 2 * states, inner), "dt_proj.weight": (inner, rank), "dt_bias": (inner,)}
+    shapes |= {"A_log": (inner, states), "D": (inner,)}
+    if sizes.inner_norms:
+        shapes |= {"dt_layernorm.weight": (rank,), "b_layernorm.weight": (states,), "c_layernorm.weight": (states,)}
+    return shapes | _linear("out_proj", hidden, inner, sizes.proj_bias)
+
+
+def _mamba2_shapes(config: ModelConfig) -> Shapes:
+    sizes, hidden = config.mamba2, config.hidden_size
+    inner, heads, conv = config.mamba2_inner_size, config.mamba2_num_heads, _mamba2_conv_size(config)
+    shapes = _linear("in_proj", inner + conv + heads, hidden, sizes.proj_bias)
+    shapes |= _conv(conv, sizes.conv_kernel, sizes.conv_bias)
+    shapes |= {"dt_bias": (heads,), "A_log": (heads,), "D": (heads,)}
+    if sizes.gated_norm:
+        shapes["norm.weight"] = (inner,)
+    return shapes | _linear("out_proj", hidden, inner, sizes.proj_bias)
+
+
+def _attention_shapes(config: ModelConfig) -> Shapes:
+    sizes, hidden = config.attention, config.hidden_size
+    queries, qkv = sizes.num_heads * config.attention_head_dim, _qkv_size(config)
+    shapes = _linear("qkv_proj", qkv, hidden, sizes.qkv_bias)
+    if sizes.conv_kernel:
+        shapes |= _conv(qkv, sizes.conv_kernel, bias=True)
+    return shapes | _linear("out_proj", hidden, queries, sizes.out_bias)
+
+
+def _recurrent_shapes(config: ModelConfig, gates: int) -> Shapes:
+    hidden = config.hidden_size
+    shapes: Shapes = {f"rnn.weight_{side}_l0": (gates * hidden, hidden) for side in ("ih", "hh")}
+    if config.recurrent.bias:
+        shapes |= {f"rnn.bias_{side}_l0": (gates * hidden,) for side in ("ih", "hh")}
+    return shapes
+
+
+def feed_forward_shapes(config: ModelConfig, feed_forward: str) -> Shapes:
+    """Shape of each parameter of a feed-forward layer, by its name in the module."""
+    hidden = config.hidden_size
+    sizes: MLPConfig | MoEConfig = config.mlp if feed_forward == "mlp" else config.moe
+    inner, gated = sizes.intermediate_size, sizes.activation == "swiglu"
+    up = 2 * inner if gated else inner
+    if isinstance(sizes, MLPConfig):
+        name = "gate_up_proj" if gated else "up_proj"
+        return _linear(name, up, hidden, sizes.bias) | _linear("down_proj", hidden, inner, sizes.bias)
+    shapes = _linear("router", sizes.num_experts, hidden, sizes.router_bias)
+    for name, rows, columns in (("up_proj", up, hidden), ("down_proj", hidden, inner)):
+        shapes[f"experts.{name}"] = (sizes.num_experts, rows, columns)
+        if sizes.bias:
+            shapes[f"experts.{name}_bias"] = (sizes.num_experts, rows)
+    return shapes
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
+    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def _conv(channels: int, taps: int, bias: bool) -> Shapes:
+    return {"conv1d.weight": (channels, 1, taps)} | ({"conv1d.bias": (channels,)} if bias else {})
+
+
+def _mamba2_conv_size(config: ModelConfig) -> int:
+    return config.mamba2_inner_size + 2 * config.mamba2.num_groups * config.mamba2.state_size
+
+
+def _qkv_size(config: ModelConfig) -> int:
+    return (config.attention.num_heads + 2 * config.attention_num_kv_heads) * config.attention_head_dim
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters of the whole model.
+
+    Example:
+        >>> from statespan.models.presets import preset
+        >>> count_parameters(preset("mamba-130m")).total
+        129135360
+    """
+    embedding = config.padded_vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    outside = embedding + config.hidden_size * (2 if config.final_norm == "layer" else 1)
+    layers = [count_layer_parameters(config, spec) for spec in config.layers]
+    total, active = sum(layer.total for layer in layers), sum(layer.active for layer in layers)
+    return ParameterCount(outside + total, outside + active, embedding)
+
+
+def count_layer_parameters(config: ModelConfig, spec: LayerSpec) -> ParameterCount:
+    """Parameters of one layer with its norms."""
+    shapes = _layer_shapes(config, spec)
+    norms = config.hidden_size * ((spec.mixer is not None) + (spec.feed_forward is not None))
+    return ParameterCount(
+        norms + sum(math.prod(shape) for shape in shapes.values()),
+        norms + sum(_active_size(config, name, shape) for name, shape in shapes.items()),
+    )
+
+
+def _layer_shapes(config: ModelConfig, spec: LayerSpec) -> Shapes:
+    mixer = {} if spec.mixer is None else mixer_shapes(config, spec.mixer)
+    feed_forward = {} if spec.feed_forward is None else feed_forward_shapes(config, spec.feed_forward)
+    return {f"mixer.{k}": v for k, v in mixer.items()} | {f"feed_forward.{k}": v for k, v in feed_forward.items()}
+
+
+def _active_size(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
+    experts = name.startswith("feed_forward.experts.")
+    return math.prod(shape) // config.moe.num_experts * config.moe.top_k if experts else math.prod(shape)
+
+
+def forward_flops(config: ModelConfig, context_length: int) -> int:
+    """FLOPs of one token's forward pass when it is the `context_length`-th of its sequence (itself included).
+
+    2 for each active entry of a matrix or conv tap (the head included, the embedding not), and for each mixer
+    - Mamba-1: 7 d n for h = exp(dt A) h + (dt u) B, y = C h   (d channels, n states);
+    - Mamba-2: 5 h p n for the same with one decay a head      (h heads of width p);
+    - attention: 4 h p t for q k^T and the weighted sum of v   (t visible tokens, at most the sliding window).
+    Work of order d (norms, activations, gates, biases) is left out.
+
+    Example:
+        >>> from statespan.models.presets import preset
+        >>> round(forward_flops(preset("mamba-130m"), context_length=2048) / 1e9, 2)
+        0.26
+    """
+    head = 2 * config.padded_vocab_size * config.hidden_size
+    return head + sum(layer_forward_flops(config, spec, context_length) for spec in config.layers)
+
+
+def layer_forward_flops(config: ModelConfig, spec: LayerSpec, context_length: int) -> int:
+    """The share of one layer in `forward_flops`."""
+    matrices = sum(
+        2 * _active_size(config, name, shape)
+        for name, shape in _layer_shapes(config, spec).items()
+        if len(shape) > 1 and not name.endswith(("A_log", "_bias"))
+    )
+    match spec.mixer:
+        case "mamba1":
+            return matrices + 7 * config.mamba1_inner_size * config.mamba1.state_size
+        case "mamba2":
+            return matrices + 5 * config.mamba2_inner_size * config.mamba2.state_size
+        case "attention":
+            width = config.attention.num_heads * config.attention_head_dim
+            return matrices + 4 * width * _visible(config, context_length)
+        case _:
+            return matrices
+
+
+def training_flops(config: ModelConfig, sequence_length: int) -> int:
+    """FLOPs of training on one token, the mean over a sequence: three times the forward pass.
+
+    Attention's share at position t grows with t up to the window w, so its mean is taken over 1 .. sequence_length.
+    """
+    window = _visible(config, sequence_length)
+    visible = window * (window + 1) // 2 + (sequence_length - window) * window  # sum of min(t, w) over t
+    width = config.attention.num_heads * config.attention_head_dim
+    attention = sum(spec.mixer == "attention" for spec in config.layers) * 4 * width
+    return TRAINING_FACTOR * (forward_flops(config, 0) + attention * visible // sequence_length)
+
+
+def _visible(config: ModelConfig, context_length: int) -> int:
+    window = config.attention.sliding_window
+    return context_length if window is None else min(context_length, window)
+
+
+def kv_bytes_per_token(config: ModelConfig, value_bytes: int = 2) -> int:
+    """Bytes by which the KV cache of one sequence grows a token, while inside the sliding window."""
+    layers = sum(spec.mixer == "attention" for spec in config.layers)
+    return layers * 2 * config.attention_num_kv_heads * config.attention_head_dim * value_bytes
+
+
+def kv_bytes(config: ModelConfig, context_length: int, value_bytes: int = 2) -> int:
+    """Bytes of the keys and values of one sequence of `context_length` tokens.
+
+    Example:
+        >>> from statespan.models.presets import preset
+        >>> [kv_bytes(preset(name), 256 * 1024) / 2**30 for name in ("jamba-v0.1", "mixtral-8x7b")]
+        [4.0, 32.0]
+    """
+    return kv_bytes_per_token(config, value_bytes) * _visible(config, context_length)
+
+
+def state_bytes(config: ModelConfig, value_bytes: int = 2) -> int:
+    """Bytes of one sequence's fixed state, whatever its length: SSM states (float32), conv windows, LSTM cells."""
+    return sum(layer_state_bytes(config, spec, value_bytes) for spec in config.layers)
+
+
+def layer_state_bytes(config: ModelConfig, spec: LayerSpec, value_bytes: int = 2) -> int:
+    """The share of one layer in `state_bytes`."""
+    ssm_bytes = max(4, value_bytes)
+    match spec.mixer:
+        case "mamba1":
+            window = (config.mamba1.conv_kernel - 1) * config.mamba1_inner_size
+            return window * value_bytes + config.mamba1_inner_size * config.mamba1.state_size * ssm_bytes
+        case "mamba2":
+            window = (config.mamba2.conv_kernel - 1) * _mamba2_conv_size(config)
+            return window * value_bytes + config.mamba2_inner_size * config.mamba2.state_size * ssm_bytes
+        case "attention" if config.attention.conv_kernel:
+            return (config.attention.conv_kernel - 1) * _qkv_size(config) * value_bytes
+        case "lstm":
+            return 2 * config.hidden_size * value_bytes
+        case "gru":
+            return config.hidden_size * value_bytes
+        case _:
+            return 0
