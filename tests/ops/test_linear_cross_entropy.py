@@ -1,21 +1,29 @@
-"""linear_cross_entropy against float64 cross entropy of the full logits."""
+"""linear_cross_entropy against PyTorch's cross entropy of the full logits in float64."""
+
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from statespan.errors import UserError
-from statespan.ops import linear_cross_entropy
-from statespan.ops.linear_cross_entropy import chunked
-from statespan.ops.linear_cross_entropy.chunked import Problem
+from statespan.ops.linear_cross_entropy import chunked, linear_cross_entropy
 
 BACKENDS = ["torch", "reference"]
 
 
+@pytest.fixture
+def seven_tokens_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "LOGIT_BYTES", 4 * 50 * 7)
+
+
 def problem(
     tokens: int = 37, hidden: int = 12, vocab: int = 50, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.randint(0, vocab - 6, (tokens,))
     labels[::5] = -100
     return (
@@ -25,122 +33,171 @@ def problem(
     )
 
 
-def truth(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, vocab: int) -> Tensor:
-    return F.cross_entropy((hidden @ weight.T)[:, :vocab], labels, reduction=reduction)
+@pytest.mark.usefixtures("seven_tokens_a_chunk")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("valid", [None, 44])
+def test_values_and_gradients(backend: str, reduction: str, valid: int | None) -> None:
+    hidden, weight, labels = problem()
+    expected = F.cross_entropy((hidden @ weight.T)[:, :valid], labels, reduction=reduction)
+    options = {"reduction": reduction, "valid_vocab_size": valid, "backend": backend}
+    actual = linear_cross_entropy(hidden, weight, labels, **options)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, **options), actual)
+
+    upstream = torch.randn_like(expected)
+    for inputs in ((hidden, weight), (hidden,), (weight,)):
+        h, w = (value if any(value is i for i in inputs) else value.detach() for value in (hidden, weight))
+        actual = linear_cross_entropy(h, w, labels, **options)
+        found = torch.autograd.grad(actual, inputs, upstream)
+        wanted = torch.autograd.grad(expected, inputs, upstream, retain_graph=True)
+        for a, e in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
 
 
-@pytest.fixture(autouse=True)
-def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "LOGITS_BYTES", 8 * 50 * 7)  # seven tokens a slice
+@pytest.mark.usefixtures("seven_tokens_a_chunk")
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 63])
+def test_any_number_of_tokens(tokens: int) -> None:
+    hidden, weight, labels = problem(tokens)
+    labels[0] = 3
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), F.cross_entropy(hidden @ weight.T, labels))
+
+
+def test_batches_strided_rows_and_another_ignored_label() -> None:
+    hidden, weight, _ = problem(24)
+    labels = torch.randint(0, 50, (2, 12))
+    labels[0, 3] = 9
+    rows = hidden.view(2, 12, 12)
+    actual = linear_cross_entropy(rows[:, :-1], weight, labels[:, 1:], ignore_index=9, reduction="none")
+    logits = (rows[:, :-1] @ weight.T).transpose(1, 2)
+    expected = F.cross_entropy(logits, labels[:, 1:], ignore_index=9, reduction="none")
+    torch.testing.assert_close(actual, expected)
+    found, wanted = (torch.autograd.grad(loss.sum(), (hidden, weight)) for loss in (actual, expected))
+    for a, e in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("vocab", [50, 44])
-def test_value_and_gradients(backend: str, reduction: str, vocab: int) -> None:
-    hidden, weight, labels = problem()
-    factor = torch.randn(37, dtype=torch.float64) if reduction == "none" else torch.tensor(-1.7, dtype=torch.float64)
-    expected = truth(hidden, weight, labels, reduction, vocab)
-    actual = linear_cross_entropy(hidden, weight, labels, reduction=reduction, valid_vocab_size=vocab, backend=backend)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    for a, e in zip(
-        torch.autograd.grad((actual * factor).sum(), (hidden, weight)),
-        torch.autograd.grad((expected * factor).sum(), (hidden, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
-    with torch.no_grad():
-        again = linear_cross_entropy(
-            hidden, weight, labels, reduction=reduction, valid_vocab_size=vocab, backend=backend
-        )
-    torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_batches_of_tokens_and_another_ignored_label() -> None:
-    hidden, weight, _ = problem(24)
-    labels = torch.randint(0, 50, (2, 3, 4))
-    labels[0, 1] = 9
-    actual = linear_cross_entropy(hidden.view(2, 3, 4, 12), weight, labels, ignore_index=9)
-    expected = F.cross_entropy(hidden @ weight.T, labels.flatten(), ignore_index=9)
-    torch.testing.assert_close(actual, expected)
-
-
-def test_no_label_counts() -> None:
-    hidden, weight, labels = problem()
-    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_no_label_counts(backend: str, tokens: int) -> None:
+    hidden, weight, labels = problem(tokens)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), backend=backend)
     assert loss == 0
-    assert torch.autograd.grad(loss, weight)[0].abs().max() == 0
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert (gradient == 0).all()
 
 
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, labels = problem(dtype=torch.float32)
+    loss = linear_cross_entropy(hidden * 1e3, weight, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden * 1e3 @ weight.T, labels))
+
+
+@pytest.mark.usefixtures("seven_tokens_a_chunk")
 def test_bfloat16_error_is_that_of_plain_pytorch() -> None:
-    hidden, weight, labels = problem(200, 64, 50)
-    exact = torch.autograd.grad(truth(hidden, weight, labels, "mean", 50), (hidden, weight))
-    half = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight)]
-    plain = torch.autograd.grad(F.cross_entropy((half[0] @ half[1].T).float(), labels), half)
-    ours = torch.autograd.grad(linear_cross_entropy(*half, labels), half)
-    for e, p, o in zip(exact, plain, ours, strict=True):
-        assert o.dtype == torch.bfloat16
-        assert (o.double() - e).norm() <= 1.2 * (p.double() - e).norm()
+    """Many chunks: their gradients must be added up in float32."""
+    half = [value.detach().bfloat16().requires_grad_() for value in problem(300, 64)[:2]]
+    labels = torch.randint(0, 50, (300,))
+    wide = [value.detach().double().requires_grad_() for value in half]
+    exact = F.cross_entropy(wide[0] @ wide[1].T, labels)
+    ours, plain = linear_cross_entropy(*half, labels), F.cross_entropy((half[0] @ half[1].T).float(), labels)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs() <= 1.2 * (plain - exact).abs()
+    pairs = [torch.autograd.grad(loss, inputs) for loss, inputs in ((exact, wide), (ours, half), (plain, half))]
+    for e, a, p in zip(*pairs, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - e).norm() <= 1.2 * (p.double() - e).norm()
 
 
 def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients() -> None:
-    hidden, weight, labels = (t.detach() for t in problem(dtype=torch.float32))
-    weight.requires_grad_()
+    hidden, weight, labels = problem(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, labels)
-    loss.backward()
-    assert loss.dtype == weight.grad.dtype == torch.float32
-    half = linear_cross_entropy(hidden.bfloat16(), weight.detach().bfloat16(), labels)
-    torch.testing.assert_close(loss, half)
+    half = [value.detach().bfloat16().requires_grad_() for value in (hidden, weight)]
+    expected = linear_cross_entropy(*half, labels)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    found, wanted = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, half)
+    for a, e in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, e.float())
 
 
-def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor made inside stays below the slice's logits; the full logits would be 40 times that."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class LiveBytes(TorchDispatchMode):
+    """The most bytes alive at once in storages that operations made."""
 
-    monkeypatch.setattr(chunked, "LOGITS_BYTES", 4 * 3000 * 10)
-    sizes = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
-        ) -> object:
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
-            return out
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.live:
+                storage = leaf.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
 
-    hidden, weight = torch.randn(400, 4), torch.randn(3000, 4)
-    with Watch():
-        inputs = Problem(hidden, weight, torch.randint(0, 3000, (400,)), -100, 3000)
-        chunked.losses_and_gradients(inputs, None)
-    assert 3000 * 10 in sizes
-    assert max(sizes) <= 3000 * 10
+
+def test_memory_stays_far_below_the_full_logits() -> None:
+    tokens, vocab = 4096, 50_000
+    hidden, weight = torch.randn(tokens, 2), torch.randn(vocab, 2)
+    labels = torch.randint(0, vocab, (tokens,))
+    with LiveBytes() as memory:
+        chunked.losses_and_gradients(hidden, weight, labels, -100, vocab, None, True, True)
+    full = 4 * tokens * vocab
+    assert chunked.LOGIT_BYTES / 2 < memory.peak < full / 5
+
+
+@pytest.mark.usefixtures("seven_tokens_a_chunk")
+def test_other_gradients_flow_on() -> None:
+    """The head's gradient joins what else the weight does (a tied embedding), and a loss scale passes through."""
+    hidden, weight, labels = problem()
+    found, wanted = (
+        torch.autograd.grad(3 * loss(hidden * weight[5], weight) + weight.square().sum(), (hidden, weight))
+        for loss in (
+            lambda h, w: linear_cross_entropy(h, w, labels),
+            lambda h, w: F.cross_entropy(h @ w.T, labels),
+        )
+    )
+    for a, e in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck_and_compile(backend: str, reduction: str) -> None:
+@pytest.mark.parametrize("valid", [50, 44])
+def test_opcheck(backend: str, reduction: str, valid: int) -> None:
     hidden, weight, labels = problem(dtype=torch.float32)
-    if reduction == "none":
-        torch.library.opcheck(
-            torch.ops.statespan.linear_cross_entropy_each.default, (hidden, weight, labels, -100, 44, backend)
-        )
-    else:
-        torch.library.opcheck(
-            torch.ops.statespan.linear_cross_entropy.default, (hidden, weight, labels, -100, 44, backend, True)
-        )
+    torch.library.opcheck(
+        torch.ops.statespan.linear_cross_entropy.default,
+        (hidden, weight, labels, -100, reduction, valid, True, True, backend),
+    )
 
-    def run(h: Tensor, w: Tensor) -> Tensor:
-        return linear_cross_entropy(h, w, labels, reduction=reduction, backend=backend).sum()
+
+@pytest.mark.usefixtures("seven_tokens_a_chunk")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_a_graph_break(reduction: str) -> None:
+    hidden, weight, labels = problem()
+
+    def run(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(h.tanh(), w, labels, reduction=reduction).sin().sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(hidden, weight), run(hidden, weight))
-    for a, e in zip(
-        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)),
-        torch.autograd.grad(run(hidden, weight), (hidden, weight)),
-        strict=True,
-    ):
+    actual, expected = compiled(hidden, weight, labels), run(hidden, weight, labels)
+    torch.testing.assert_close(actual, expected)
+    found, wanted = (torch.autograd.grad(loss, (hidden, weight)) for loss in (actual, expected))
+    for a, e in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, e)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(hidden, weight, labels), expected)
+    with pytest.raises(UserError, match="label 50 is out of range"):
+        compiled(hidden, weight, labels.masked_fill(labels == labels[1], 50))
 
 
 @pytest.mark.parametrize(
@@ -148,14 +205,19 @@ def test_opcheck_and_compile(backend: str, reduction: str) -> None:
     [
         ({"labels": torch.full((37,), 50)}, "label 50 is out of range; the vocabulary is 0 to 49"),
         ({"labels": torch.full((37,), -1)}, "label -1 is out of range"),
-        ({"labels": torch.zeros(36, dtype=torch.int64)}, r"hidden must be \[.. h\] = \[36, 12\], got \[37, 12\]"),
-        ({"valid_vocab_size": 51}, "valid_vocab_size 51 must be 1 to 50"),
+        ({"labels": torch.full((37,), 46), "valid_vocab_size": 44}, "label 46 is out of range; .* 0 to 43"),
+        ({"labels": torch.zeros(36, dtype=torch.int64)}, r"labels must be \[..\] = \[37\], got \[36\]"),
+        ({"weight": torch.randn(50, 11)}, r"hidden must be \[.. h\] = \[37, 11\], got \[37, 12\]"),
+        ({"valid_vocab_size": 51}, "valid_vocab_size must be in 1 .. 50, the rows of weight; got 51"),
+        ({"valid_vocab_size": 0}, "valid_vocab_size must be in 1 .. 50"),
         ({"reduction": "men"}, "did you mean 'mean'"),
         ({"backend": "torc"}, "did you mean 'torch'"),
     ],
 )
-def test_mistakes_are_one_line(change: dict[str, object], message: str) -> None:
-    hidden, weight, labels = problem()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mistakes_are_one_line(change: dict[str, Any], message: str, backend: str) -> None:
+    hidden, weight, labels = problem(dtype=torch.float32)
+    arguments = {"hidden": hidden, "weight": weight, "labels": labels, "backend": backend} | change
     with pytest.raises(UserError, match=message) as caught:
-        linear_cross_entropy(**({"hidden": hidden, "weight": weight, "labels": labels} | change))
+        linear_cross_entropy(**arguments)
     assert "\n" not in str(caught.value)

@@ -25,10 +25,7 @@ class Groups:
         self.token = self.order // expert_index.shape[1]
         bounds = torch.searchsorted(experts, torch.arange(-1, num_experts + 1, device=experts.device)).tolist()
         if bounds[0] > 0 or bounds[-1] < len(experts):
-            wrong = int(experts[0] if bounds[0] > 0 else experts[-1])
-            raise UserError(
-                f"grouped_mlp: expert_index {wrong} is out of range; experts are 0 to {num_experts - 1}, -1 none"
-            )
+            _check(experts[[0, -1]].tolist(), num_experts)
         self.dropped = bounds[1]
         limits = zip(range(num_experts), bounds[1:], bounds[2:], strict=False)
         self.spans = [(expert, start, stop) for expert, start, stop in limits if stop > start]
@@ -43,6 +40,8 @@ def forward(
     x: Tensor, expert_index: Tensor, expert_weight: Tensor, experts: Experts, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """[t h] of `statespan.ops.grouped_mlp`, and what the backward needs: the inner rows before the activation."""
+    if x.shape[0] == 1 and not keep:
+        return _one_token(x, expert_index, expert_weight, experts, activation), x.new_empty(0, experts.up_proj.shape[1])
     groups = Groups(expert_index, experts.up_proj.shape[0])
     choices = expert_index.numel()
     kept = x.new_zeros(choices if keep else 0, experts.up_proj.shape[1])
@@ -53,8 +52,28 @@ def forward(
             kept[start:stop] = inner
         results[start:stop] = experts.down(activate(inner, activation), expert)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    results = groups.unsorted(results).view(*expert_index.shape, -1).to(dtype)
+    results = groups.unsorted(results).unflatten(0, expert_index.shape).to(dtype)
     return (results * expert_weight.to(dtype)[..., None]).sum(1).to(x.dtype), kept
+
+
+def _one_token(x: Tensor, expert_index: Tensor, expert_weight: Tensor, experts: Experts, activation: str) -> Tensor:
+    """The same for decoding, without the sorting: a few small operations less, which a token's time shows."""
+    chosen, weights = expert_index[0].tolist(), expert_weight[0].tolist()
+    _check(chosen, experts.up_proj.shape[0])
+    y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    for expert, weight in zip(chosen, weights, strict=True):
+        if expert != -1:
+            y.add_(experts.down(activate(experts.up(x, expert), activation), expert), alpha=weight)
+    return y.to(x.dtype)
+
+
+def _check(chosen: list[int], num_experts: int) -> None:
+    """Raise UserError for an index that names no expert."""
+    for expert in chosen:
+        if not -1 <= expert < num_experts:
+            raise UserError(
+                f"grouped_mlp: expert {expert} is out of range; there are 0 to {num_experts - 1}, and -1 for none"
+            )
 
 
 def backward(
@@ -72,7 +91,7 @@ def backward(
     rows, grad_rows = x[groups.token], grad_y[groups.token]
     weight = expert_weight.to(dtype).flatten()[groups.order][:, None]
     grad_rows_in, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
-    grad_up, grad_down = torch.zeros_like(experts.up_proj), torch.zeros_like(experts.down_proj)
+    grad_up, grad_down = (proj.new_zeros(proj.shape) for proj in (experts.up_proj, experts.down_proj))
     grad_up_bias, grad_down_bias = weight.new_zeros(grad_up.shape[:2]), weight.new_zeros(grad_down.shape[:2])
     for expert, start, stop in groups.spans:
         here = slice(start, stop)
@@ -88,7 +107,7 @@ def backward(
         grad_up[expert], grad_down[expert] = grad_inner.T @ rows[here], weighted.T @ hidden
         grad_up_bias[expert], grad_down_bias[expert] = grad_inner.sum(0, dtype=dtype), weighted.sum(0, dtype=dtype)
     return (
-        groups.unsorted(grad_rows_in).view(*expert_index.shape, -1).sum(1, dtype=dtype).to(x.dtype),
+        groups.unsorted(grad_rows_in).unflatten(0, expert_index.shape).sum(1, dtype=dtype).to(x.dtype),
         groups.unsorted(grad_weight).view(expert_index.shape).to(expert_weight.dtype),
         grad_up,
         grad_down,

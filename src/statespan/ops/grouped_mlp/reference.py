@@ -9,7 +9,7 @@ from statespan.ops.grouped_mlp.experts import Experts, activate
 def grouped_mlp(x: Tensor, expert_index: Tensor, expert_weight: Tensor, experts: Experts, activation: str) -> Tensor:
     """[t h] of `statespan.ops.grouped_mlp`, differentiable by autograd; O(t k) Python steps."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    outputs = [torch.zeros(0, x.shape[1], dtype=dtype, device=x.device)]
+    outputs = [x[:0].to(dtype)]
     for token, chosen, weights in zip(x, expert_index.tolist(), expert_weight.to(dtype), strict=True):
         y = torch.zeros_like(token, dtype=dtype)
         for expert, weight in zip(chosen, weights, strict=True):

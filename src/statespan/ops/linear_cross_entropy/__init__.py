@@ -70,7 +70,7 @@ def linear_cross_entropy(
     loss, _, _ = _linear_cross_entropy(
         rows,
         weight,
-        labels.reshape(-1),
+        labels.reshape(-1).to(torch.int64),
         ignore_index,
         reduction,
         valid,
@@ -79,6 +79,16 @@ def linear_cross_entropy(
         backend,
     )
     return loss.view(labels.shape) if reduction == "none" else loss
+
+
+def _check_labels(labels: Tensor, valid: int) -> None:
+    """Raise UserError for a label that is no row of the vocabulary."""
+    if labels.numel() == 0:
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= valid:
+        wrong = low if low < 0 else high
+        raise UserError(f"linear_cross_entropy: label {wrong} is out of range; the vocabulary is 0 to {valid - 1}")
 
 
 def _gradients_wait(reduction: str, backend: str) -> bool:
@@ -97,6 +107,7 @@ def _forward(
     need_weight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_labels(labels[labels != ignore_index], valid)
     with torch.autocast(hidden.device.type, enabled=False):
         if resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype) == "reference":
             loss = reference.linear_cross_entropy(hidden, weight, labels, ignore_index, reduction, valid)

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from statespan.errors import UserError
-
 LOGIT_BYTES = 64 << 20  # of one chunk's logits in float32; twice that is held at once
 
 
@@ -31,41 +29,29 @@ def losses_and_gradients(
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     counted = (labels != ignore_index).nonzero()[:, 0]
-    check_labels(labels[counted], valid_vocab_size)
     losses = hidden.new_zeros(labels.shape, dtype=dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
     grad_weight = weight.new_zeros(weight.shape if need_weight else 0, dtype=dtype)
     head, grad_head = weight[:valid_vocab_size], grad_weight[:valid_vocab_size]
-    for tokens in _chunks(counted, valid_vocab_size):
-        rows, targets = hidden[tokens], labels[tokens][:, None]
-        logits = (rows @ head.T).to(dtype)
-        logits = torch.log_softmax(logits, dim=-1)
+
+    def add(tokens: Tensor) -> None:  # a function, so that its large tensors are gone before the next chunk's
+        rows, targets = hidden[tokens], labels[tokens, None]
+        logits = torch.log_softmax((rows @ head.T).to(dtype), dim=-1)
         losses[tokens] = -logits.gather(1, targets)[:, 0]
         if not (need_hidden or need_weight):
-            continue
-        grad_logits = logits.exp_().scatter_add_(1, targets, logits.new_full(targets.shape, -1.0)).to(hidden.dtype)
+            return
+        grad_logits = logits.exp_().scatter_add_(1, targets, logits.new_full(targets.shape, -1.0)).to(rows.dtype)
         scale = 1 if token_scale is None else token_scale[tokens, None]
         if need_hidden:
-            grad_hidden[tokens] = ((grad_logits @ head) * scale).to(hidden.dtype)
-        if need_weight:
-            rows = (rows * scale).to(rows.dtype)
-            if weight.dtype == dtype:
-                grad_head.addmm_(grad_logits.T, rows)
-            else:
-                grad_head += grad_logits.T @ rows
+            grad_hidden[tokens] = ((grad_logits @ head) * scale).to(rows.dtype)
+        if need_weight and weight.dtype == dtype:
+            grad_head.addmm_(grad_logits.T, rows * scale)
+        elif need_weight:
+            grad_head.add_(grad_logits.T @ (rows * scale).to(rows.dtype))
+
+    for tokens in _chunks(counted, valid_vocab_size):
+        add(tokens)
     return losses, grad_hidden, grad_weight.to(weight.dtype)
-
-
-def check_labels(labels: Tensor, valid_vocab_size: int) -> None:
-    """Raise UserError for a label that is no row of the vocabulary."""
-    if labels.numel() == 0:
-        return
-    low, high = (int(value) for value in labels.aminmax())
-    if low < 0 or high >= valid_vocab_size:
-        wrong = low if low < 0 else high
-        raise UserError(
-            f"linear_cross_entropy: label {wrong} is out of range; the vocabulary is 0 to {valid_vocab_size - 1}"
-        )
 
 
 def _chunks(counted: Tensor, vocab_size: int) -> tuple[Tensor, ...]:

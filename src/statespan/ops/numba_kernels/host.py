@@ -28,6 +28,12 @@ def has_avx512() -> bool:
 
 
 @cache
+def has_bf16_rounding() -> bool:
+    """Whether one instruction rounds 16 values to bfloat16, and llvmlite's LLVM spells it as we do (20 and later)."""
+    return has_avx512() and "+avx512bf16" in cpu_features().split(",") and llvm.llvm_version_info[0] >= 20
+
+
+@cache
 def vector_width() -> int:
     """Float32 values in a vector register: 16 with AVX-512, 8 with AVX2, 4 on NEON and the rest."""
     if has_avx512():

@@ -125,20 +125,25 @@ def exp(x):  # type: ignore[no-untyped-def]  # Numba infers
 
 
 @jit
-def softplus(x):  # type: ignore[no-untyped-def]  # Numba infers
-    """log(1 + e^x); above 20 it is x to the last bit."""
+def softplus_and_sigmoid(x):  # type: ignore[no-untyped-def]  # Numba infers
+    """log(1 + e^x), which above 20 is x to the last bit, and its derivative 1 / (1 + e^-x)."""
     y = exp(-absolute(x))
     s = y / (y + 2.0)  # log(1 + y) = 2 atanh(y / (2 + y))
     square = s * s
     tail = (((_Q4 * square + _Q3) * square + _Q2) * square + _Q1) * square
-    return maximum(x, zeros()) + 2.0 * (s * tail + s)
+    return maximum(x, zeros()) + 2.0 * (s * tail + s), where_less(x, zeros(), y, broadcast(1.0)) / (y + 1.0)
+
+
+@jit
+def softplus(x):  # type: ignore[no-untyped-def]  # Numba infers
+    """log(1 + e^x); above 20 it is x to the last bit."""
+    return softplus_and_sigmoid(x)[0]
 
 
 @jit
 def sigmoid(x):  # type: ignore[no-untyped-def]  # Numba infers
     """1 / (1 + e^-x)."""
-    y = exp(-absolute(x))
-    return where_less(x, zeros(), y, broadcast(1.0)) / (y + 1.0)
+    return softplus_and_sigmoid(x)[1]
 
 
 @jit

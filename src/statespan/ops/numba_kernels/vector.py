@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
-from statespan.ops.numba_kernels.host import vector_width
+from statespan.ops.numba_kernels.host import has_bf16_rounding, vector_width
 
 WIDTH = vector_width()
 F32, I1, I8, I16, I32, I64 = (
@@ -131,8 +131,24 @@ def _widen(builder: Any, halves: Any) -> Any:
     return builder.bitcast(builder.shl(wide, constant(I32, 16) if many else I32(16)), FLOATS if many else F32)
 
 
+class _BFloat(ir.types.Type):
+    """LLVM's own bfloat type, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 def _narrow(builder: Any, value: Any) -> Any:
-    """float32 to bfloat16, to nearest and ties to even; NaN stays NaN."""
+    """float32 to bfloat16, to nearest and ties to even; NaN stays NaN. The processor's own takes denormals for 0."""
+    if has_bf16_rounding():
+        name = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * WIDTH}"
+        return builder.bitcast(call_llvm(builder, name, ir.VectorType(_BFloat(), WIDTH), value), HALVES)
     bits = builder.bitcast(value, BITS)
     upper = builder.lshr(bits, constant(I32, 16))
     odd = builder.and_(upper, constant(I32, 1))

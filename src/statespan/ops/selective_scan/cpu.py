@@ -10,13 +10,14 @@ from statespan.ops.numba_kernels import Kernel, num_workers, scratch
 from statespan.ops.numba_kernels.host import vector_width
 from statespan.ops.segments import token_marks
 
-CHUNK = 64  # steps; the backward keeps the state before each chunk and computes the others again
-MAX_BLOCK = 4  # vectors of channels in a work item
+CHUNK = 32  # steps; the backward keeps the state before each chunk and computes the others again
+TILE_STATES = 4  # states that the backward handles at a time
+MAX_BLOCK = 8  # vectors of channels in a work item
 DISCRETIZATIONS = {"mamba": 0, "zoh": 1, "bilinear": 2}
 
 _INPUTS = (
-    "u u_b u_t u_bf16 dt dt_b dt_t dt_bf16 z z_b z_t z_bf16 B B_b B_t B_g C C_b C_t C_g A D dt_bias marks "
-    "length channels groups num_states block blocks dt_softplus discretization "
+    "u u_b u_t u_bf16 dt dt_b dt_t dt_bf16 z z_b z_t z_bf16 B B_b B_t B_g B_bf16 C C_b C_t C_g C_bf16 "
+    "A D dt_bias marks length channels groups num_states padded block blocks dt_softplus discretization "
 )
 _FOLDER = "statespan.ops.selective_scan"
 _forward = Kernel(f"{_FOLDER}.cpu_forward", "forward", _INPUTS + "memory memory_row initial y y_bf16 final starts")
@@ -49,7 +50,8 @@ def selective_scan(
     inputs = _inputs(u, dt, A, B, C, D, z, dt_bias, segments, dt_softplus, discretization)
     items = batch * inputs["groups"] * inputs["blocks"]
     workers = num_workers(items)
-    memory = scratch(workers, (3 * CHUNK + 2 * inputs["block"] * states) * width)
+    padded = inputs["padded"]
+    memory = scratch(workers, (3 * CHUNK + 2 * inputs["block"] * padded) * width + 2 * CHUNK * padded)
     y = torch.empty_like(u, dtype=inputs["u"].dtype, memory_format=torch.contiguous_format)
     final = y.new_empty(batch, states, channels, dtype=torch.float32)
     chunks = -(-length // CHUNK) if keep_starts else 0
@@ -95,9 +97,9 @@ def gradients(
     groups, block, blocks = inputs["groups"], inputs["block"], inputs["blocks"]
     items = batch * groups * blocks
     workers = num_workers(items)
-    padded = -(-states // width) * width + 1
-    vectors = 8 * CHUNK * block + (2 * CHUNK + 2) * 16 + 2 * CHUNK * padded + (3 * states + 2) * block
-    memory = scratch(workers, vectors * width)
+    padded = inputs["padded"]
+    vectors = 8 * CHUNK * block + (2 * CHUNK + 2) * TILE_STATES + 2 * CHUNK * (padded + 1) + (3 * padded + 2) * block
+    memory = scratch(workers, vectors * width + 2 * CHUNK * padded)
     grad_u, grad_dt, grad_z = (
         torch.empty(u.shape, dtype=inputs[name].dtype) for name in ("u", "dt", "z" if z is not None else "u")
     )
@@ -151,8 +153,8 @@ def _inputs(
         **_rows("u", _readable(u)),
         **_rows("dt", _readable(dt)),
         **_rows("z", None if z is None else _readable(z)),
-        **_matrix("B", B),
-        **_matrix("C", C),
+        **_matrix("B", _readable(B)),
+        **_matrix("C", _readable(C)),
         "A": (A.float() * (1 / math.log(2))).t().contiguous(),
         "D": None if D is None else D.float().contiguous(),
         "dt_bias": None if dt_bias is None else dt_bias.float().contiguous(),
@@ -161,6 +163,7 @@ def _inputs(
         "channels": channels,
         "groups": groups,
         "num_states": A.shape[1],
+        "padded": -(-A.shape[1] // vector_width()) * vector_width(),
         "block": block,
         "blocks": -(-vectors // block),
         "dt_softplus": dt_softplus,
@@ -184,6 +187,5 @@ def _rows(name: str, tensor: Tensor | None) -> dict[str, Any]:
 
 
 def _matrix(name: str, tensor: Tensor) -> dict[str, Any]:
-    """The arguments that describe a [b t g n] tensor, as float32."""
-    tensor = _readable(tensor.float())
-    return {name: tensor, f"{name}_b": tensor.stride(0), f"{name}_t": tensor.stride(1), f"{name}_g": tensor.stride(2)}
+    """The arguments that describe a [b t g n] tensor."""
+    return {**_rows(name, tensor), f"{name}_g": tensor.stride(2)}

@@ -2,13 +2,13 @@
 # Numba infers the types of kernels.
 """The backward kernel of the selective scan; `cpu.py` is its host side. Imported only to compile.
 
-Chunks run from the last to the first. Each is computed again from the state before it, WIDTH states at a time (a tile),
-keeping states and decays; then the recurrence runs backward over it.
+Chunks run from the last to the first. Each is computed again from the state before it, a tile of states at a time, keeping
+states and decays; then the recurrence runs backward over it. A tile's scratch memory fits the first-level cache.
 """
 
 from typing import NamedTuple
 
-from statespan.ops.numba_kernels.special_functions import sigmoid, softplus
+from statespan.ops.numba_kernels.special_functions import sigmoid, softplus_and_sigmoid
 from statespan.ops.numba_kernels.vector import (
     WIDTH,
     absolute,
@@ -25,7 +25,7 @@ from statespan.ops.numba_kernels.vector import (
     zeros,
 )
 from statespan.ops.segments import PADDING, RESTARTS
-from statespan.ops.selective_scan.cpu import CHUNK
+from statespan.ops.selective_scan.cpu import CHUNK, TILE_STATES
 from statespan.ops.selective_scan.cpu_recurrence import (
     BYTES,
     LN_2,
@@ -33,25 +33,28 @@ from statespan.ops.selective_scan.cpu_recurrence import (
     ZOH,
     Matrix,
     Rows,
+    Tensor,
     address_of,
     advance,
     clear,
     discretize,
     get,
     load_columns,
+    load_matrix,
     mark_of,
     optional,
     place_of,
     put,
     read,
+    rows_of,
     store_columns,
     write,
 )
 
-TILE_STATES = 4
 TILE = TILE_STATES * BYTES
 # Scratch arrays [chunk lanes]: dt, d dt / d raw dt, u, gradients of y before the gate and of the gate, y before the gate.
 STEPS, SLOPES, INPUTS, GRADS, GATES, OUTPUTS, GRADS_U, GRADS_DT = range(8)
+NUM_LINES = 8
 
 
 class Streams(NamedTuple):
@@ -67,32 +70,32 @@ class Streams(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Up to WIDTH states of a vector of channels: scratch addresses and the matrices' columns."""
+    """Scratch addresses of TILE_STATES states of a vector of channels."""
 
-    num_states: int
     history: int  # [chunk+1 n lanes], states; entry t is before step t
     decays: int  # [chunk n lanes]
     nothing: int  # [n lanes], zeros
     rates: int  # [n lanes], A log2(e)
     carry: int  # [n lanes], gradient of the state between the steps
     grad_A: int  # [n lanes]
-    grad_B: int  # [n lanes] of the first step, the others follow `stride` bytes apart
+    grad_B: int  # [n lanes] of the first step, the others follow sum_stride bytes apart
     grad_C: int
-    stride: int
-    B: Matrix
-    C: Matrix
+    sum_stride: int
+    B: int  # [n] of the first step, the others follow matrix_stride bytes apart
+    C: int
+    matrix_stride: int
 
 
 @jit
-def _prepare(lines, u, dt, z, grad_y, bias, skip, dt_softplus, num_steps):
+def _prepare(lines, rows, bias, skip, dt_softplus, num_steps):
     """Everything about a token that does not depend on the states."""
     for t in range(num_steps):
-        step, slope = read(dt, t) + bias, broadcast(1.0)
+        step, slope = read(rows.dt, t) + bias, broadcast(1.0)
         if dt_softplus != 0:
-            slope, step = sigmoid(step), softplus(step)
-        value, grad = read(u, t), read(grad_y, t)
-        if z.address != 0:
-            gate = read(z, t)
+            step, slope = softplus_and_sigmoid(step)
+        value, grad = read(rows.u, t), read(rows.grad_y, t)
+        if rows.z.address != 0:
+            gate = read(rows.z, t)
             opening = sigmoid(gate)
             put(lines, GATES, t, grad * opening * (gate * (1.0 - opening) + 1.0))
             grad = grad * gate * opening
@@ -107,32 +110,31 @@ def _prepare(lines, u, dt, z, grad_y, bias, skip, dt_softplus, num_steps):
 
 @jit
 def _fetch(rows, t):
-    """Ask for step t of the next chunk's inputs and of this chunk's outputs."""
-    before = t - CHUNK  # chunks run backward
-    prefetch(address_of(rows.u, before))
-    prefetch(address_of(rows.dt, before))
-    prefetch(address_of(rows.z, before))
-    prefetch(address_of(rows.grad_y, before))
+    """Ask for step t of the inputs of the chunk to come, which is the one before, and of this chunk's outputs."""
+    prefetch(address_of(rows.u, t - CHUNK))
+    prefetch(address_of(rows.dt, t - CHUNK))
+    prefetch(address_of(rows.z, t - CHUNK))
+    prefetch(address_of(rows.grad_y, t - CHUNK))
     prefetch_to_write(address_of(rows.grad_u, t))
     prefetch_to_write(address_of(rows.grad_dt, t))
     prefetch_to_write(address_of(rows.grad_z, t))
 
 
 @jit
-def _replay(lines, tile, marks, rows, fetch, discretization, num_steps):
-    """The states and decays of a chunk once more."""
+def _replay(lines, rows, tile, marks, first, discretization, num_steps):
+    """The states and decays of a chunk once more; the first tile of a vector also fetches rows."""
     for t in range(num_steps):
-        if fetch:
+        if first:
             _fetch(rows, t)
         before, after = tile.history + t * TILE, tile.history + (t + 1) * TILE
         mark = mark_of(marks, t)
         if mark == PADDING:
-            for n in range(tile.num_states):
+            for n in range(TILE_STATES):
                 store(after, n * WIDTH, load(before, n * WIDTH))
         else:
             if mark == RESTARTS:
                 before = tile.nothing
-            B, C = tile.B.address + t * tile.B.stride, tile.C.address + t * tile.C.stride
+            B, C = tile.B + t * tile.matrix_stride, tile.C + t * tile.matrix_stride
             dt, u, decays = get(lines, STEPS, t), get(lines, INPUTS, t), tile.decays + t * TILE
             y = advance(before, after, decays, tile.rates, dt, u, B, C, TILE_STATES, discretization)
             put(lines, OUTPUTS, t, get(lines, OUTPUTS, t) + y)
@@ -175,7 +177,7 @@ def _slopes(dt, A, Abar, discretization):
 def _token_general(tile, before, after, dt, u, g, B, C, grad_B, grad_C, discretization):
     """`_token_mamba` for the rules in which Bbar depends on A."""
     by_u, by_dt = zeros(), zeros()
-    for n in range(tile.num_states):
+    for n in range(TILE_STATES):
         A = load(tile.rates, n * WIDTH) * LN_2
         Abar, scale = discretize(dt, A, discretization)
         slope, slope_A = _slopes(dt, A, Abar, discretization)
@@ -201,8 +203,8 @@ def _reverse(lines, tile, marks, discretization, num_steps):
             if mark == RESTARTS:
                 before = tile.nothing
             dt, u, g = get(lines, STEPS, t), get(lines, INPUTS, t), get(lines, GRADS, t)
-            B, C = tile.B.address + t * tile.B.stride, tile.C.address + t * tile.C.stride
-            grad_B, grad_C = tile.grad_B + t * tile.stride, tile.grad_C + t * tile.stride
+            B, C = tile.B + t * tile.matrix_stride, tile.C + t * tile.matrix_stride
+            grad_B, grad_C = tile.grad_B + t * tile.sum_stride, tile.grad_C + t * tile.sum_stride
             if discretization == MAMBA:
                 decays = tile.decays + t * TILE
                 by_u, by_dt = _token_mamba(tile, before, after, decays, dt, u, g, B, C, grad_B, grad_C)
@@ -211,27 +213,25 @@ def _reverse(lines, tile, marks, discretization, num_steps):
             put(lines, GRADS_U, t, get(lines, GRADS_U, t) + by_u)
             put(lines, GRADS_DT, t, get(lines, GRADS_DT, t) + by_dt)
             if mark == RESTARTS:
-                clear(tile.carry, tile.num_states)
+                clear(tile.carry, TILE_STATES)
 
 
 @jit
-def _finish(lines, grad_u, grad_dt, grad_z, sum_D, sum_bias, marks, num_steps):
+def _finish(lines, rows, sum_D, sum_bias, marks, num_steps):
     """Write the gradients of a chunk's tokens and add to the vectors at sum_D and sum_bias."""
     by_D, by_bias = load(sum_D, 0), load(sum_bias, 0)
     for t in range(num_steps):
+        by_u, by_dt = get(lines, GRADS_U, t), get(lines, GRADS_DT, t) * get(lines, SLOPES, t)
+        by_z = get(lines, GATES, t) * get(lines, OUTPUTS, t) if rows.z.address != 0 else zeros()
         if mark_of(marks, t) == PADDING:
-            write(grad_u, t, zeros())
-            write(grad_dt, t, zeros())
-            if grad_z.address != 0:
-                write(grad_z, t, zeros())
+            by_u, by_dt, by_z = zeros(), zeros(), zeros()
         else:
-            by_raw_dt = get(lines, GRADS_DT, t) * get(lines, SLOPES, t)
             by_D = by_D + get(lines, GRADS, t) * get(lines, INPUTS, t)
-            by_bias = by_bias + by_raw_dt
-            write(grad_u, t, get(lines, GRADS_U, t))
-            write(grad_dt, t, by_raw_dt)
-            if grad_z.address != 0:
-                write(grad_z, t, get(lines, GATES, t) * get(lines, OUTPUTS, t))
+            by_bias = by_bias + by_dt
+        write(rows.grad_u, t, by_u)
+        write(rows.grad_dt, t, by_dt)
+        if rows.z.address != 0:
+            write(rows.grad_z, t, by_z)
     store(sum_D, 0, by_D)
     store(sum_bias, 0, by_bias)
 
@@ -246,94 +246,100 @@ def _sum_lanes(target, index, stride, source, source_row, num_states, num_steps)
 
 
 @jit
+def _streams(tensors, row, t, c, count):
+    """The rows of each tensor."""
+    return Streams(
+        rows_of(tensors.u, row, t, c, count),
+        rows_of(tensors.dt, row, t, c, count),
+        rows_of(tensors.z, row, t, c, count),
+        rows_of(tensors.grad_y, row, t, c, count),
+        rows_of(tensors.grad_u, row, t, c, count),
+        rows_of(tensors.grad_dt, row, t, c, count),
+        rows_of(tensors.grad_z, row, t, c, count),
+    )
+
+
+@jit
 def backward(
-    item, worker, u, u_b, u_t, u_bf16, dt, dt_b, dt_t, dt_bf16, z, z_b, z_t, z_bf16, B, B_b, B_t, B_g, C, C_b, C_t, C_g,
-    A, D, dt_bias, marks, length, channels, groups, num_states, block, blocks, dt_softplus, discretization,
-    memory, memory_row, g, g_b, g_t, g_bf16, grad_final, starts, grad_u, grad_dt, grad_z, grad_A, grad_B, grad_C, grad_D,
-    grad_bias, grad_initial,
+    item, worker, u, u_b, u_t, u_bf16, dt, dt_b, dt_t, dt_bf16, z, z_b, z_t, z_bf16,
+    B, B_b, B_t, B_g, B_bf16, C, C_b, C_t, C_g, C_bf16, A, D, dt_bias, marks,
+    length, channels, groups, num_states, padded, block, blocks, dt_softplus, discretization, memory, memory_row,
+    g, g_b, g_t, g_bf16, grad_final, starts, grad_u, grad_dt, grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias,
+    grad_initial,
 ):  # fmt: skip
     """All gradients. Those of A [b n d], D and dt_bias [b d] are for each row, of B and C [b blocks t g n] for each block."""
-    row, group, first, end, vectors = place_of(item, channels, groups, blocks, block)
-    tiles = (num_states + TILE_STATES - 1) // TILE_STATES
-    column = num_states * BYTES  # [n lanes]
-    sums_row = ((num_states + WIDTH - 1) // WIDTH * WIDTH + 1) * BYTES
-    all_lines = memory + worker * memory_row * 4
-    history = all_lines + block * 8 * CHUNK * BYTES
+    place = place_of(item, channels, groups, blocks, block)
+    row, vectors = place.row, place.vectors
+    tensors = Streams(
+        Tensor(u, u_b, u_t, u_bf16),
+        Tensor(dt, dt_b, dt_t, dt_bf16),
+        Tensor(z, z_b, z_t, z_bf16),
+        Tensor(g, g_b, g_t, g_bf16),
+        Tensor(grad_u, length * channels, channels, u_bf16),
+        Tensor(grad_dt, length * channels, channels, dt_bf16),
+        Tensor(grad_z, length * channels, channels, z_bf16),
+    )
+    all_B, all_C = Matrix(B, B_b, B_t, B_g, B_bf16), Matrix(C, C_b, C_t, C_g, C_bf16)
+    lines_size, column = NUM_LINES * CHUNK * BYTES, padded * BYTES
+    sum_stride = column + BYTES  # not a power of two, to use all the sets of the cache
+    lines = memory + worker * memory_row * 4  # [vectors lines chunk lanes]
+    history = lines + block * lines_size
     decays = history + (CHUNK + 1) * TILE
     nothing = decays + CHUNK * TILE
-    sums_B = nothing + TILE  # [chunk n lanes]
-    sums_C = sums_B + CHUNK * sums_row
-    rates = sums_C + CHUNK * sums_row  # [vectors n lanes]
+    Bk = nothing + TILE  # [chunk n]
+    Ck = Bk + CHUNK * padded * 4
+    sums_B = Ck + CHUNK * padded * 4  # [chunk n lanes]
+    sums_C = sums_B + CHUNK * sum_stride
+    rates = sums_C + CHUNK * sum_stride  # [vectors n lanes]
     carries, sums_A = rates + block * column, rates + 2 * block * column
     sums_D = rates + 3 * block * column  # [vectors lanes]
     sums_bias = sums_D + block * BYTES
     clear(nothing, TILE_STATES)
-    clear(sums_A, block * num_states)
+    clear(sums_A, block * padded)
     clear(sums_D, 2 * block)
     for v in range(vectors):
-        c = first + v * WIDTH
-        load_columns(rates + v * column, A, c, channels, num_states, end - c)
-        load_columns(carries + v * column, grad_final, row * num_states * channels + c, channels, num_states, end - c)
+        c, count = place.first + v * WIDTH, place.end - place.first - v * WIDTH
+        at = row * num_states * channels + c
+        load_columns(rates + v * column, A, c, channels, num_states, padded, count)
+        load_columns(carries + v * column, grad_final, at, channels, num_states, padded, count)
 
     num_chunks = (length + CHUNK - 1) // CHUNK
     for k in range(num_chunks - 1, -1, -1):
         t0 = k * CHUNK
         num_steps = min(CHUNK, length - t0)
-        token = row * length + t0
-        here = marks + token if marks != 0 else 0
+        here = marks + row * length + t0 if marks != 0 else 0
+        load_matrix(Bk, all_B, place, t0, num_steps, num_states, padded)
+        load_matrix(Ck, all_C, place, t0, num_steps, num_states, padded)
+        clear(sums_B, 2 * CHUNK * (padded + 1))
         for v in range(vectors):
-            c = first + v * WIDTH
-            count = end - c
-            u_rows = Rows(u, row * u_b + t0 * u_t + c, u_t, u_bf16, count)
-            dt_rows = Rows(dt, row * dt_b + t0 * dt_t + c, dt_t, dt_bf16, count)
-            z_rows = Rows(z, row * z_b + t0 * z_t + c, z_t, z_bf16, count)
-            g_rows = Rows(g, row * g_b + t0 * g_t + c, g_t, g_bf16, count)
+            c, count = place.first + v * WIDTH, place.end - place.first - v * WIDTH
+            rows = _streams(tensors, row, t0, c, count)
             bias, skip = optional(dt_bias, c, count), optional(D, c, count)
-            lines = all_lines + v * 8 * CHUNK * BYTES
-            _prepare(lines, u_rows, dt_rows, z_rows, g_rows, bias, skip, dt_softplus, num_steps)
-        clear(sums_B, CHUNK * sums_row // BYTES)
-        clear(sums_C, CHUNK * sums_row // BYTES)
-        for i in range(tiles):
-            n0 = i * TILE_STATES
-            num = min(TILE_STATES, num_states - n0)
-            B_here = Matrix(B + (row * B_b + t0 * B_t + group * B_g + n0) * 4, B_t * 4)
-            C_here = Matrix(C + (row * C_b + t0 * C_t + group * C_g + n0) * 4, C_t * 4)
+            _prepare(lines + v * lines_size, rows, bias, skip, dt_softplus, num_steps)
+        for n in range(0, num_states, TILE_STATES):
             for v in range(vectors):
-                c, offset = first + v * WIDTH, v * column + n0 * BYTES
-                start = ((row * num_chunks + k) * num_states + n0) * channels + c
-                load_columns(history, starts, start, channels, num, end - c)
+                c, count = place.first + v * WIDTH, place.end - place.first - v * WIDTH
+                start = ((row * num_chunks + k) * num_states + n) * channels + c
+                load_columns(history, starts, start, channels, num_states - n, TILE_STATES, count)
+                at = v * column + n * BYTES
                 tile = Tile(
-                    num, history, decays, nothing, rates + offset, carries + offset, sums_A + offset,
-                    sums_B + n0 * BYTES, sums_C + n0 * BYTES, sums_row, B_here, C_here,
+                    history, decays, nothing, rates + at, carries + at, sums_A + at,
+                    sums_B + n * BYTES, sums_C + n * BYTES, sum_stride, Bk + n * 4, Ck + n * 4, padded * 4,
                 )  # fmt: skip
-                lines = all_lines + v * 8 * CHUNK * BYTES
-                count = end - c
-                rows = Streams(
-                    Rows(u, row * u_b + t0 * u_t + c, u_t, u_bf16, count),
-                    Rows(dt, row * dt_b + t0 * dt_t + c, dt_t, dt_bf16, count),
-                    Rows(z, row * z_b + t0 * z_t + c, z_t, z_bf16, count),
-                    Rows(g, row * g_b + t0 * g_t + c, g_t, g_bf16, count),
-                    Rows(grad_u, token * channels + c, channels, u_bf16, count),
-                    Rows(grad_dt, token * channels + c, channels, dt_bf16, count),
-                    Rows(grad_z, token * channels + c, channels, z_bf16, count),
-                )
-                _replay(lines, tile, here, rows, i == 0, discretization, num_steps)
-                _reverse(lines, tile, here, discretization, num_steps)
+                rows = _streams(tensors, row, t0, c, count)
+                _replay(lines + v * lines_size, rows, tile, here, n == 0, discretization, num_steps)
+                _reverse(lines + v * lines_size, tile, here, discretization, num_steps)
         for v in range(vectors):
-            c = first + v * WIDTH
-            count = end - c
-            lines = all_lines + v * 8 * CHUNK * BYTES
-            u_grads = Rows(grad_u, token * channels + c, channels, u_bf16, count)
-            dt_grads = Rows(grad_dt, token * channels + c, channels, dt_bf16, count)
-            z_grads = Rows(grad_z, token * channels + c, channels, z_bf16, count)
-            _finish(lines, u_grads, dt_grads, z_grads, sums_D + v * BYTES, sums_bias + v * BYTES, here, num_steps)
-        part = ((row * blocks + item % blocks) * length + t0) * groups + group
-        _sum_lanes(grad_B, part * num_states, groups * num_states, sums_B, sums_row, num_states, num_steps)
-        _sum_lanes(grad_C, part * num_states, groups * num_states, sums_C, sums_row, num_states, num_steps)
+            c, count = place.first + v * WIDTH, place.end - place.first - v * WIDTH
+            rows = _streams(tensors, row, t0, c, count)
+            _finish(lines + v * lines_size, rows, sums_D + v * BYTES, sums_bias + v * BYTES, here, num_steps)
+        part = ((row * blocks + item % blocks) * length + t0) * groups + place.group
+        _sum_lanes(grad_B, part * num_states, groups * num_states, sums_B, sum_stride, num_states, num_steps)
+        _sum_lanes(grad_C, part * num_states, groups * num_states, sums_C, sum_stride, num_states, num_steps)
     for v in range(vectors):
-        c = first + v * WIDTH
-        count, states = end - c, row * num_states * channels + c
-        store_columns(grad_A, states, channels, sums_A + v * column, num_states, count)
-        store_columns(grad_initial, states, channels, carries + v * column, num_states, count)
+        c, count = place.first + v * WIDTH, place.end - place.first - v * WIDTH
+        at = row * num_states * channels + c
+        store_columns(grad_A, at, channels, sums_A + v * column, num_states, count)
+        store_columns(grad_initial, at, channels, carries + v * column, num_states, count)
         store_any(grad_D, row * channels + c, load(sums_D, v * WIDTH), count, 0)
         store_any(grad_bias, row * channels + c, load(sums_bias, v * WIDTH), count, 0)

@@ -2,7 +2,9 @@
 # Numba infers the types of kernels.
 """The forward kernel of the selective scan; `cpu.py` is its host side. Imported only to compile."""
 
-from statespan.ops.numba_kernels.special_functions import sigmoid, softplus
+from typing import NamedTuple
+
+from statespan.ops.numba_kernels.special_functions import silu, softplus
 from statespan.ops.numba_kernels.vector import WIDTH, jit, prefetch, prefetch_to_write, zeros
 from statespan.ops.segments import PADDING, RESTARTS
 from statespan.ops.selective_scan.cpu import CHUNK
@@ -10,118 +12,126 @@ from statespan.ops.selective_scan.cpu_recurrence import (
     BYTES,
     Matrix,
     Rows,
+    Tensor,
     address_of,
     advance,
     clear,
     get,
     load_columns,
+    load_matrix,
     mark_of,
     optional,
     place_of,
     put,
     read,
+    rows_of,
     store_columns,
     write,
 )
 
-STEPS, INPUTS, OUTPUTS = 0, 1, 2  # scratch arrays [chunk lanes]
+STEPS, INPUTS, OUTPUTS = range(3)  # scratch arrays [chunk lanes]
+NUM_LINES = 3
+
+
+class Streams(NamedTuple):
+    """The rows of a vector of channels in a chunk."""
+
+    u: Rows
+    dt: Rows
+    z: Rows
+    y: Rows
 
 
 @jit
-def _prepare(lines, u, dt, bias, dt_softplus, num_steps):
+def _prepare(lines, rows, bias, dt_softplus, num_steps):
     """Step sizes and inputs as float32 vectors."""
     for t in range(num_steps):
-        step = read(dt, t) + bias
+        step = read(rows.dt, t) + bias
         put(lines, STEPS, t, softplus(step) if dt_softplus != 0 else step)
-        put(lines, INPUTS, t, read(u, t))
+        put(lines, INPUTS, t, read(rows.u, t))
 
 
 @jit
-def _scan(lines, states, rates, u, dt, z, y, B, C, marks, num_states, discretization, num_steps):
+def _scan(lines, rows, states, rates, B, C, marks, num_states, padded, discretization, num_steps):
     """The recurrence over a chunk."""
     for t in range(num_steps):
-        prefetch(address_of(u, CHUNK + t))
-        prefetch(address_of(dt, CHUNK + t))
-        prefetch(address_of(z, CHUNK + t))
-        prefetch_to_write(address_of(y, t))
+        prefetch(address_of(rows.u, CHUNK + t))
+        prefetch(address_of(rows.dt, CHUNK + t))
+        prefetch(address_of(rows.z, CHUNK + t))
+        prefetch_to_write(address_of(rows.y, t))
         mark = mark_of(marks, t)
         if mark == RESTARTS:
             clear(states, num_states)
         if mark == PADDING:
             put(lines, OUTPUTS, t, zeros())
         else:
-            Bt, Ct = B.address + t * B.stride, C.address + t * C.stride
-            step, value = get(lines, STEPS, t), get(lines, INPUTS, t)
-            put(lines, OUTPUTS, t, advance(states, states, 0, rates, step, value, Bt, Ct, num_states, discretization))
+            dt, u, row = get(lines, STEPS, t), get(lines, INPUTS, t), t * padded * 4
+            y = advance(states, states, 0, rates, dt, u, B + row, C + row, num_states, discretization)
+            put(lines, OUTPUTS, t, y)
 
 
 @jit
-def _finish(lines, z, y, skip, marks, num_steps):
+def _finish(lines, rows, skip, marks, num_steps):
     """Skip and gate."""
     for t in range(num_steps):
         value = get(lines, OUTPUTS, t) + skip * get(lines, INPUTS, t)
-        if z.address != 0:
-            gate = read(z, t)
-            value = value * gate * sigmoid(gate)
+        if rows.z.address != 0:
+            value = value * silu(read(rows.z, t))
         if mark_of(marks, t) == PADDING:
             value = zeros()
-        write(y, t, value)
+        write(rows.y, t, value)
 
 
 @jit
 def forward(
-    item, worker, u, u_b, u_t, u_bf16, dt, dt_b, dt_t, dt_bf16, z, z_b, z_t, z_bf16, B, B_b, B_t, B_g, C, C_b, C_t, C_g,
-    A, D, dt_bias, marks, length, channels, groups, num_states, block, blocks, dt_softplus, discretization,
-    memory, memory_row, initial, y, y_bf16, final, starts,
+    item, worker, u, u_b, u_t, u_bf16, dt, dt_b, dt_t, dt_bf16, z, z_b, z_t, z_bf16,
+    B, B_b, B_t, B_g, B_bf16, C, C_b, C_t, C_g, C_bf16, A, D, dt_bias, marks,
+    length, channels, groups, num_states, padded, block, blocks, dt_softplus, discretization, memory, memory_row,
+    initial, y, y_bf16, final, starts,
 ):  # fmt: skip
     """y, the final state, and the states before each chunk, which the backward begins from.
 
     A is A log2(e) as [n d]; states are [b n d], starts [b chunks n d].
     """
-    row, group, first, end, vectors = place_of(item, channels, groups, blocks, block)
+    place = place_of(item, channels, groups, blocks, block)
+    row, vectors = place.row, place.vectors
+    all_u, all_dt, all_z = Tensor(u, u_b, u_t, u_bf16), Tensor(dt, dt_b, dt_t, dt_bf16), Tensor(z, z_b, z_t, z_bf16)
+    all_y = Tensor(y, length * channels, channels, y_bf16)
+    all_B, all_C = Matrix(B, B_b, B_t, B_g, B_bf16), Matrix(C, C_b, C_t, C_g, C_bf16)
     lines = memory + worker * memory_row * 4
-    all_rates = lines + 3 * CHUNK * BYTES  # [vectors n lanes]
-    all_states = all_rates + block * num_states * BYTES
+    column = padded * BYTES  # [n lanes]
+    Bk = lines + NUM_LINES * CHUNK * BYTES  # [chunk n]
+    Ck = Bk + CHUNK * padded * 4
+    rates = Ck + CHUNK * padded * 4  # [vectors n lanes]
+    states = rates + block * column
     for v in range(vectors):
-        c, offset = first + v * WIDTH, v * num_states * BYTES
-        load_columns(all_rates + offset, A, c, channels, num_states, end - c)
-        load_columns(all_states + offset, initial, row * num_states * channels + c, channels, num_states, end - c)
+        c, count = place.first + v * WIDTH, place.end - place.first - v * WIDTH
+        at = row * num_states * channels + c
+        load_columns(rates + v * column, A, c, channels, num_states, padded, count)
+        load_columns(states + v * column, initial, at, channels, num_states, padded, count)
 
     num_chunks = (length + CHUNK - 1) // CHUNK
     for k in range(num_chunks):
         t0 = k * CHUNK
         num_steps = min(CHUNK, length - t0)
-        token = row * length + t0
-        here = marks + token if marks != 0 else 0
-        B_here = Matrix(B + (row * B_b + t0 * B_t + group * B_g) * 4, B_t * 4)
-        C_here = Matrix(C + (row * C_b + t0 * C_t + group * C_g) * 4, C_t * 4)
+        here = marks + row * length + t0 if marks != 0 else 0
+        load_matrix(Bk, all_B, place, t0, num_steps, num_states, padded)
+        load_matrix(Ck, all_C, place, t0, num_steps, num_states, padded)
         for v in range(vectors):
-            c, offset = first + v * WIDTH, v * num_states * BYTES
-            count, rates, states = end - c, all_rates + offset, all_states + offset
+            c, count = place.first + v * WIDTH, place.end - place.first - v * WIDTH
+            h, A_v = states + v * column, rates + v * column
             if starts != 0:
                 start = (row * num_chunks + k) * num_states * channels + c
-                store_columns(starts, start, channels, states, num_states, count)
-            u_rows = Rows(u, row * u_b + t0 * u_t + c, u_t, u_bf16, count)
-            dt_rows = Rows(dt, row * dt_b + t0 * dt_t + c, dt_t, dt_bf16, count)
-            z_rows = Rows(z, row * z_b + t0 * z_t + c, z_t, z_bf16, count)
-            y_rows = Rows(y, token * channels + c, channels, y_bf16, count)
-            _prepare(lines, u_rows, dt_rows, optional(dt_bias, c, count), dt_softplus, num_steps)
-            _scan(
-                lines,
-                states,
-                rates,
-                u_rows,
-                dt_rows,
-                z_rows,
-                y_rows,
-                B_here,
-                C_here,
-                here,
-                num_states,
-                discretization,
-                num_steps,
+                store_columns(starts, start, channels, h, num_states, count)
+            rows = Streams(
+                rows_of(all_u, row, t0, c, count),
+                rows_of(all_dt, row, t0, c, count),
+                rows_of(all_z, row, t0, c, count),
+                rows_of(all_y, row, t0, c, count),
             )
-            _finish(lines, z_rows, y_rows, optional(D, c, count), here, num_steps)
+            _prepare(lines, rows, optional(dt_bias, c, count), dt_softplus, num_steps)
+            _scan(lines, rows, h, A_v, Bk, Ck, here, num_states, padded, discretization, num_steps)
+            _finish(lines, rows, optional(D, c, count), here, num_steps)
     for v in range(vectors):
-        c, offset = first + v * WIDTH, v * num_states * BYTES
-        store_columns(final, row * num_states * channels + c, channels, all_states + offset, num_states, end - c)
+        c, count = place.first + v * WIDTH, place.end - place.first - v * WIDTH
+        store_columns(final, row * num_states * channels + c, channels, states + v * column, num_states, count)

@@ -3,8 +3,8 @@
 """What the forward and the backward kernel of the selective scan share. Imported only to compile.
 
 A work item is a batch row, a group, and a block of vectors of its channels, one channel a lane. Time is cut into chunks,
-so that what a chunk needs stays in the caches. The states of a vector stand in scratch memory, [n lanes], and the innermost
-loop over n streams them through the first-level cache, which costs nothing beside the exponentials.
+so that what a chunk needs stays in the caches, and the rows of the next one are asked for in time. The states of a vector
+stand in scratch memory as [n lanes]: streaming them through the first-level cache costs nothing beside the exponentials.
 """
 
 import math
@@ -43,8 +43,17 @@ class Place(NamedTuple):
     vectors: int
 
 
+class Tensor(NamedTuple):
+    """A [b t d] tensor; address 0: there is none."""
+
+    address: int
+    row_stride: int  # elements
+    stride: int  # elements
+    bf16: int
+
+
 class Rows(NamedTuple):
-    """One vector of channels of a [b t d] tensor, from the chunk's first step on; address 0: no tensor."""
+    """One vector of channels of a Tensor, from a step on."""
 
     address: int
     index: int
@@ -54,10 +63,13 @@ class Rows(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """One group of a float32 [b t g n] tensor, from the chunk's first step on."""
+    """B or C, [b t g n]."""
 
     address: int
-    stride: int  # bytes
+    row_stride: int  # elements
+    stride: int  # elements
+    group_stride: int  # elements
+    bf16: int
 
 
 @jit
@@ -71,6 +83,19 @@ def place_of(item, channels, groups, blocks, block):
 
 
 @jit
+def rows_of(tensor, row, t, c, count):
+    """The rows of the channels from c on, from step t on."""
+    index = row * tensor.row_stride + t * tensor.stride + c
+    return Rows(tensor.address, index, tensor.stride, tensor.bf16, count)
+
+
+@jit
+def address_of(rows, t):
+    """Where the vector of step t stands."""
+    return rows.address + (rows.index + t * rows.stride) * (2 if rows.bf16 != 0 else 4)
+
+
+@jit
 def read(rows, t):
     """The vector of step t."""
     return load_any(rows.address, rows.index + t * rows.stride, rows.count, rows.bf16)
@@ -80,12 +105,6 @@ def read(rows, t):
 def write(rows, t, value):
     """Set the vector of step t."""
     store_any(rows.address, rows.index + t * rows.stride, value, rows.count, rows.bf16)
-
-
-@jit
-def address_of(rows, t):
-    """Where the vector of step t stands."""
-    return rows.address + (rows.index + t * rows.stride) * (2 if rows.bf16 != 0 else 4)
 
 
 @jit
@@ -120,10 +139,20 @@ def clear(target, num_vectors):
 
 
 @jit
-def load_columns(target, source, index, stride, num_states, count):
-    """[n lanes] from a row-major [n d] array, zeros where there is none."""
-    for n in range(num_states):
-        store(target, n * WIDTH, optional(source, index + n * stride, count))
+def load_matrix(target, matrix, place, t0, num_steps, num_states, padded):
+    """A chunk's [t n] of the item's group as float32; rows are `padded` long, zeros behind num_states."""
+    index = place.row * matrix.row_stride + place.group * matrix.group_stride
+    for t in range(num_steps):
+        for n in range(0, num_states, WIDTH):
+            value = load_any(matrix.address, index + (t0 + t) * matrix.stride + n, num_states - n, matrix.bf16)
+            store(target, t * padded + n, value)
+
+
+@jit
+def load_columns(target, source, index, stride, num_states, padded, count):
+    """[n lanes] from a row-major [n d] array, zeros behind num_states and where there is no array."""
+    for n in range(padded):
+        store(target, n * WIDTH, optional(source if n < num_states else 0, index + n * stride, count))
 
 
 @jit
@@ -145,29 +174,30 @@ def discretize(dt, A, discretization):
 
 
 @jit
-def advance(before, after, decays, A, dt, u, B, C, num_states, discretization):
-    """One token: the states after it from those before it; returns C . after. B, C and A log2(e) are addresses.
+def advance(before, after, decays, rates, dt, u, B, C, num_states, discretization):
+    """One token: the states after it from those before it; returns C . after.
 
-    The backward also wants the decays; the forward passes 0 and the same address as before and after.
+    All but dt and u are addresses, [n lanes] or [n]. The backward wants the decays, the forward passes decays = 0 and
+    the same address as before and after. rates are A log2(e).
     """
     y = zeros()
     dtu = dt * u
     if discretization != MAMBA:
         for n in range(num_states):
-            Abar, scale = discretize(dt, load(A, n * WIDTH) * LN_2, discretization)
+            Abar, scale = discretize(dt, load(rates, n * WIDTH) * LN_2, discretization)
             state = Abar * load(before, n * WIDTH) + scale * u * load_scalar(B, n)
             store(after, n * WIDTH, state)
             y = y + state * load_scalar(C, n)
     elif decays != 0:
         for n in range(num_states):
-            Abar = exp2(dt * load(A, n * WIDTH))
+            Abar = exp2(dt * load(rates, n * WIDTH))
             store(decays, n * WIDTH, Abar)
             state = Abar * load(before, n * WIDTH) + dtu * load_scalar(B, n)
             store(after, n * WIDTH, state)
             y = y + state * load_scalar(C, n)
     else:
         for n in range(num_states):
-            state = exp2(dt * load(A, n * WIDTH)) * load(before, n * WIDTH) + dtu * load_scalar(B, n)
+            state = exp2(dt * load(rates, n * WIDTH)) * load(before, n * WIDTH) + dtu * load_scalar(B, n)
             store(after, n * WIDTH, state)
             y = y + state * load_scalar(C, n)
     return y

@@ -19,6 +19,7 @@ from statespan.ops.numba_kernels.vector import (
     minimum,
     store_any,
     store_scalar,
+    where_less,
     zeros,
 )
 
@@ -40,7 +41,7 @@ def _discretize(dt, A, discretization):
         return exp2(A * (dt * LOG2_E)), dt
     if discretization == ZOH:
         decay, decay_minus_1 = exp2_minus_1(A * (dt * LOG2_E))
-        return decay, decay_minus_1 / A
+        return decay, where_less(A, zeros(), decay_minus_1 / A, dt)  # A is 0 in the lanes behind the last state
     half = A * (dt * 0.5)
     inverse = 1.0 / (1.0 - half)
     return (half + 1.0) * inverse, dt * inverse

@@ -1,0 +1,334 @@
+"""causal_conv1d and its one-token form against a float64 loop over rows and tokens."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from statespan.errors import BackendUnavailable, UnknownName, UserError
+from statespan.ops import causal_conv1d, causal_conv1d_update
+
+BACKENDS = ["cpu", "torch", "reference"]
+LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2**-7}  # of the largest value: a few roundings of the dtype
+
+
+def truth(x, weight, bias, initial_state, segments, silu=True):
+    """Plain Python over rows and tokens, in float64 and differentiable."""
+    x, weight = x.double(), weight.double()
+    batch, length, channels = x.shape
+    history = weight.shape[1] - 1
+    outputs, states = [], []
+    for b in range(batch):
+        window = [x.new_zeros(channels)] * history if initial_state is None else list(initial_state[b].double())
+        current = None
+        for t in range(length):
+            segment = 0 if segments is None else int(segments[b, t])
+            if segment < 0:
+                outputs.append(x.new_zeros(channels))
+                continue
+            if current is not None and segment != current:
+                window = [x.new_zeros(channels)] * history
+            current = segment
+            window = [*window, x[b, t]]
+            y = sum(weight[:, i] * row for i, row in enumerate(window))
+            y = y if bias is None else y + bias.double()
+            outputs.append(F.silu(y) if silu else y)
+            window = window[1:]
+        states.append(torch.stack(window) if window else x.new_zeros(0, channels))
+    return torch.stack(outputs).view(x.shape), torch.stack(states)
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """The largest difference, as a part of the largest exact value."""
+    if exact.numel() == 0:
+        assert value.shape == exact.shape
+        return 0.0
+    return ((value.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-3)).item()
+
+
+def make(batch=2, length=9, channels=5, taps=4, dtype=torch.float32, state=True):
+    """x (a strided slice, as it comes from in_proj), weight, bias and the initial state."""
+    x = torch.randn(batch, length, 2 * channels + 1).to(dtype)[..., 1 : 1 + channels]
+    weight, bias = torch.randn(channels, taps), torch.randn(channels)
+    initial_state = torch.randn(batch, taps - 1, channels).to(dtype) if state else None
+    return x, weight, bias, initial_state
+
+
+def gradients(outputs, inputs, upstream):
+    """Gradients of inputs; zeros where an output does not depend on one."""
+    pairs = [(output, grad) for output, grad in zip(outputs, upstream, strict=True) if output.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(v) for v in inputs]
+    outputs, upstream = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True)
+
+
+def check_all(x, weight, bias, initial_state, segments, backend, silu=True):
+    """Output, final state and every gradient against the truth."""
+    inputs = [v.detach().requires_grad_() for v in (x, weight, bias, initial_state) if v is not None]
+    rebuilt = iter(inputs)
+    x, weight, bias, initial_state = (None if v is None else next(rebuilt) for v in (x, weight, bias, initial_state))
+    exact = truth(x, weight, bias, initial_state, segments, silu)
+    ours = causal_conv1d(
+        x,
+        weight,
+        bias,
+        activation="silu" if silu else None,
+        initial_state=initial_state,
+        segments=segments,
+        return_final_state=True,
+        backend=backend,
+    )
+    limit = LIMIT[x.dtype]
+    assert ours[0].dtype == ours[1].dtype == x.dtype
+    upstream = [torch.randn(v.shape).to(x.dtype) for v in exact]
+    exact_gradients = gradients(exact, inputs, [v.double() for v in upstream])
+    for value, wanted in zip((*ours, *gradients(ours, inputs, upstream)), (*exact, *exact_gradients), strict=True):
+        # A sum over all tokens rounds once for each of them.
+        assert error(value, wanted) < limit * (4 if wanted.shape in (weight.shape, (weight.shape[0],)) else 1)
+
+
+SEGMENTS = {
+    "one": [[0] * 9, [3] * 9],
+    "packed": [[0, 0, 0, 0, 1, 1, 1, 1, 1], [5, 6, 6, 7, 7, 7, 8, 8, 8]],
+    "left padding": [[-1, -1, -1, 0, 0, 0, 0, 0, 0], [-1, -1, -1, -1, -1, -1, -1, -1, 2]],
+    "right padding": [[0, 0, 0, 0, 0, 0, -1, -1, -1], [1, 1, -1, -1, -1, -1, -1, -1, -1]],
+    "padding inside": [[0, -1, 0, 0, -1, -1, 0, 1, -1], [0, 0, -1, 1, 1, -1, 1, 0, 0]],
+    "all padding": [[-1] * 9, [-2, -1, -3, -1, -1, -1, -1, -1, -1]],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [None, *SEGMENTS])
+def test_segments_values_and_gradients(backend, kind):
+    segments = None if kind is None else torch.tensor(SEGMENTS[kind])
+    check_all(*make(), segments, backend)
+    check_all(*make(state=False), segments, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("taps", range(1, 9))
+def test_taps_and_lengths(backend, taps):
+    for length in (1, 2, 3, taps, 13):
+        check_all(*make(length=length, taps=taps), None, backend)
+        check_all(*make(length=length, taps=taps), torch.randint(-1, 3, (2, length)), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 5, 33, 1536])
+def test_channels_and_dtypes(channels, dtype):
+    segments = torch.tensor([[0] * 6 + [1] * 7, [-1] * 2 + [0] * 11])
+    for silu in (True, False):
+        check_all(*make(length=13, channels=channels, dtype=dtype), segments, "cpu", silu)
+        x, weight, _, state = make(length=13, channels=channels, dtype=dtype)
+        check_all(x, weight, None, state, None, "cpu", silu)
+
+
+def test_many_threads_and_batches_give_the_same_bits():
+    x, weight, bias, state = make(batch=3, length=40, channels=300)
+    segments = torch.randint(0, 3, (3, 40)).sort(1).values
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        leaves = [v.detach().requires_grad_() for v in (x, weight, bias, state)]
+        y = causal_conv1d(*leaves[:3], initial_state=leaves[3], segments=segments, backend="cpu")
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_equal_the_whole(backend):
+    """A chunk's first real token continues the carried segment, so rows are cut inside of segments and padding."""
+    x, weight, bias, state = make(length=12)
+    segments = torch.tensor([[0, 0, -1, 0, 1, 1, 1, 1, 1, -1, 2, 2], [-1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1]])
+    whole, final = causal_conv1d(
+        x, weight, bias, initial_state=state, segments=segments, return_final_state=True, backend=backend
+    )
+    pieces, carried = [], state
+    for start, stop in ((0, 1), (1, 3), (3, 7), (7, 12)):
+        y, carried = causal_conv1d(
+            x[:, start:stop],
+            weight,
+            bias,
+            initial_state=carried,
+            segments=segments[:, start:stop],
+            return_final_state=True,
+            backend=backend,
+        )
+        pieces.append(y)
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-6)
+    assert torch.equal(carried, final)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_segments_equal_separate_sequences(backend):
+    x, weight, bias, _ = make(batch=1, length=13)
+    segments = torch.tensor([[4] * 2 + [5] * 6 + [9] * 5])
+    packed = causal_conv1d(x, weight, bias, segments=segments, backend=backend)
+    alone = [causal_conv1d(part, weight, bias, backend=backend) for part in x.split([2, 6, 5], dim=1)]
+    assert torch.allclose(packed, torch.cat(alone, dim=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_is_invisible_even_when_it_is_nan(backend):
+    x, weight, bias, state = make(length=8)
+    segments = torch.tensor([[-1, 0, 0, -1, -1, 0, 0, -1], [0, 0, -1, 0, 0, 0, -1, -1]])
+    real = segments >= 0
+    filled = x.masked_fill(~real[..., None], torch.nan).requires_grad_()
+    y, final = causal_conv1d(
+        filled, weight, bias, initial_state=state, segments=segments, return_final_state=True, backend=backend
+    )
+    (grad,) = torch.autograd.grad(y.sum() + final.sum(), filled)
+    assert not y.isnan().any() and not grad.isnan().any()
+    for b in range(2):
+        alone, last = causal_conv1d(
+            x[b : b + 1, real[b]],
+            weight,
+            bias,
+            initial_state=state[b : b + 1],
+            return_final_state=True,
+            backend=backend,
+        )
+        assert torch.allclose(y[b, real[b]], alone[0], atol=1e-6) and not y[b, ~real[b]].any()
+        assert torch.equal(final[b], last[0]) and not grad[b, ~real[b]].any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("channels", "taps"), [(1, 1), (5, 4), (33, 2), (1536, 4), (40, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_equal_the_scan(backend, channels, taps, dtype):
+    x, weight, bias, state = make(length=6, channels=channels, taps=taps, dtype=dtype)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    exact, last = truth(x, weight, bias, state, None)
+    outputs, before = [], state.clone()
+    carried = state
+    for t in range(6):
+        y, carried = causal_conv1d_update(carried, x[:, t], weight, bias, backend=backend)
+        outputs.append(y)
+    assert error(torch.stack(outputs, 1), exact) < LIMIT[dtype]
+    assert torch.equal(carried.double(), last) and carried.dtype == dtype
+    assert torch.equal(state, before), "the state that went in is left as it is"
+
+
+def test_step_without_bias_and_activation():
+    x, weight, _, state = make(length=1)
+    y, _ = causal_conv1d_update(state, x[:, 0], weight, activation=None, backend="cpu")
+    assert error(y, truth(x, weight, None, state, None, silu=False)[0][:, 0]) < 1e-6
+
+
+def test_step_gradients_come_from_the_reference():
+    x, weight, bias, state = make(length=1)
+    leaves = [v.detach().requires_grad_() for v in (state, x[:, 0], weight, bias)]
+    y, carried = causal_conv1d_update(*leaves)
+    exact = truth(leaves[1][:, None], *leaves[2:], leaves[0], None)
+    ours = torch.autograd.grad(y.sum() + carried.square().sum(), leaves)
+    wanted = torch.autograd.grad(exact[0].sum() + exact[1].square().sum(), leaves)
+    assert all(error(a, b.double()) < 1e-6 for a, b in zip(ours, wanted, strict=True))
+    with pytest.raises(UserError, match="no gradients"):
+        causal_conv1d_update(*leaves, backend="cpu")
+
+
+def test_scratch_and_outputs_may_hold_anything_before(nan_in_new_tensors):
+    segments = torch.tensor([[0, 0, 0, -1, 1, 1, 1, 1, 1], [-1, 2, 3, 3, 3, 3, 3, 3, 3]])
+    check_all(*make(channels=21), segments, "cpu")
+    check_all(*make(channels=21, state=False), None, "cpu")
+    x, weight, bias, state = make(length=1)
+    y, carried = causal_conv1d_update(state, x[:, 0], weight, bias, backend="cpu")
+    assert y.isfinite().all() and carried.isfinite().all()
+
+
+def test_any_strides():
+    x, weight, bias, state = make()
+    wanted = causal_conv1d(x, weight, bias, initial_state=state, backend="cpu")
+    swapped = x.transpose(1, 2).contiguous().transpose(1, 2)  # channels are not contiguous
+    strided_state = state.transpose(1, 2).contiguous().transpose(1, 2)
+    y = causal_conv1d(swapped, weight.t().contiguous().t(), bias, initial_state=strided_state, backend="cpu")
+    assert torch.equal(y, wanted)
+    leaf = x.detach().requires_grad_()
+    y = causal_conv1d(leaf, weight, bias, backend="cpu")
+    (expanded,) = torch.autograd.grad(y.sum(), leaf, retain_graph=True)  # the gradient of a sum has no strides
+    (plain,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    assert torch.equal(expanded, plain)
+
+
+def test_float64_runs_and_is_exact():
+    x, weight, bias, state = (v.double() for v in make())
+    y, final = causal_conv1d(x, weight, bias, initial_state=state, return_final_state=True)
+    exact = truth(x, weight, bias, state, None)
+    assert error(y, exact[0]) < 1e-14 and torch.equal(final, exact[1])
+    with pytest.raises(BackendUnavailable, match="float64"):
+        causal_conv1d(x, weight, bias, backend="cpu")
+
+
+def test_gradcheck_of_the_reference():
+    x, weight, bias, state = (v.double().requires_grad_() for v in make(batch=1, length=4, channels=2, taps=3))
+    segments = torch.tensor([[0, -1, 0, 1]])
+
+    def run(x, weight, bias, state):
+        return causal_conv1d(
+            x, weight, bias, initial_state=state, segments=segments, return_final_state=True, backend="reference"
+        )
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias, state))
+
+
+def test_opcheck():
+    x, weight, bias, state = make(channels=6)
+    leaves = [v.detach().clone().requires_grad_() for v in (x, weight, bias, state)]
+    segments = torch.tensor(SEGMENTS["packed"])
+    ops = torch.ops.statespan
+    for backend in BACKENDS:
+        torch.library.opcheck(ops.causal_conv1d.default, (*leaves, segments, True, backend))
+    torch.library.opcheck(ops.causal_conv1d.default, (x, weight, None, None, None, False, "cpu"))
+    y, final = (torch.randn(2, 9, 6), torch.randn(2, 3, 6))
+    torch.library.opcheck(ops.causal_conv1d_backward.default, (y, final, x, weight, bias, state, segments, True, "cpu"))
+    torch.library.opcheck(ops.causal_conv1d_update.default, (state, x[:, 0], weight, bias, True, "cpu"))
+
+
+def test_compiles_into_one_graph():
+    x, weight, bias, state = make()
+    segments = torch.tensor(SEGMENTS["packed"])
+
+    def run(x, weight):
+        y, final = causal_conv1d(x, weight, bias, initial_state=state, segments=segments, return_final_state=True)
+        step, final = causal_conv1d_update(final.detach(), x[:, 0].detach(), weight.detach(), bias)
+        return y.sum() + step.sum() + final.sum()
+
+    leaves = [v.detach().requires_grad_() for v in (x, weight)]
+    wanted = run(*leaves)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves)
+    assert torch.allclose(compiled, wanted)
+    for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(4, 4)}, r"weight must be \[d k\] = \[5, 4\], got \[4, 4\]"),
+        ({"weight": torch.zeros(5, 1, 4)}, r"weight must be \[d k\], got \[5, 1, 4\]"),
+        ({"bias": torch.zeros(4)}, r"bias must be \[d\] = \[5\], got \[4\]"),
+        ({"x": torch.zeros(9, 5)}, r"x must be \[b t d\], got \[9, 5\]"),
+        ({"initial_state": torch.zeros(2, 4, 5)}, r"initial_state must be .* = \[2, 3, 5\], got \[2, 4, 5\]"),
+        ({"segments": torch.zeros(2, 8)}, r"segments must be \[b t\] = \[2, 9\], got \[2, 8\]"),
+        ({"activation": "sillu"}, "did you mean 'silu'"),
+        ({"backend": "cpuu"}, "did you mean 'cpu'"),
+    ],
+)
+def test_bad_input(change, message):
+    x, weight, bias, state = make()
+    arguments = {"x": x, "weight": weight, "bias": bias, "initial_state": state, **change}
+    with pytest.raises(UserError, match=message):
+        causal_conv1d(**arguments)
+
+
+def test_bad_input_of_the_step():
+    x, weight, bias, state = make()
+    with pytest.raises(UserError, match=r"state must be .* = \[2, 3, 5\], got \[2, 2, 5\]"):
+        causal_conv1d_update(state[:, 1:], x[:, 0], weight, bias)
+    with pytest.raises(UserError, match=r"x must be \[b d\], got \[2, 9, 5\]"):
+        causal_conv1d_update(state, x, weight, bias)
+    with pytest.raises(UnknownName):
+        causal_conv1d_update(state, x[:, 0], weight, bias, activation="relu")
