@@ -1,0 +1,124 @@
+"""Tokenizers: bytes as they are, or any tokenizer.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from statespan.checkpoints.config_file import read_json
+from statespan.errors import CheckpointError, UserError
+from statespan.models.config import ModelConfig
+
+BYTE_VOCABULARY = 256
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8 (MambaByte, arXiv 2401.13660); no special tokens, no files.
+
+    Example:
+        >>> ByteTokenizer().encode("né")
+        [110, 195, 169]
+        >>> ByteTokenizer().decode([110, 195, 169])
+        'né'
+    """
+
+    vocab_size = BYTE_VOCABULARY
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text`, also of an argument that was not UTF-8 (Python hands it over as surrogates)."""
+        return list(text.encode("utf-8", errors="surrogateescape"))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of bytes; what is not UTF-8 becomes the replacement character."""
+        try:
+            return bytes(ids).decode("utf-8", errors="replace")
+        except ValueError:
+            bad = next(i for i in ids if not 0 <= i < BYTE_VOCABULARY)
+            raise UserError(f"token id {bad} is no byte; a byte-level model has ids 0 to 255") from None
+
+    def save(self, directory: Path) -> None:
+        """Nothing to write: a vocabulary of 256 without a tokenizer file is byte-level."""
+
+
+class FileTokenizer:
+    """A tokenizer.json of the tokenizers library, with the ids that begin and end a text.
+
+    Args:
+        backend: the tokenizer itself.
+        bos_id: id that begins a text, or None.
+        eos_ids: ids that end a text.
+        settings: content of tokenizer_config.json, kept for saving.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bos_id: int | None = None,
+        eos_ids: tuple[int, ...] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_id = bos_id
+        self.eos_ids = eos_ids
+        self.settings = dict(settings or {})
+
+    @classmethod
+    def from_file(
+        cls, file: str | Path, *, bos_id: int | None = None, eos_ids: tuple[int, ...] = ()
+    ) -> "FileTokenizer":
+        """Read tokenizer.json; ids that are not given come from the tokenizer_config.json beside it.
+
+        Raises:
+            CheckpointError: the file is missing or is no tokenizer.
+
+        Example:
+            >>> tokenizer = FileTokenizer.from_file("checkpoint/tokenizer.json")  # doctest: +SKIP
+        """
+        file = Path(file)
+        read_json(file)
+        try:
+            backend = Backend.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{file} is no tokenizer that the tokenizers library reads: {error}") from None
+        settings = read_json(file.parent / SETTINGS) if (file.parent / SETTINGS).exists() else {}
+        tokenizer = cls(backend, bos_id=bos_id, eos_ids=eos_ids, settings=settings)
+        if bos_id is None:
+            tokenizer.bos_id = tokenizer._named_id("bos_token")
+        if not eos_ids:
+            named = tokenizer._named_id("eos_token")
+            tokenizer.eos_ids = () if named is None else (named,)
+        return tokenizer
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.settings.get(name)
+        text = token.get("content") if isinstance(token, Mapping) else token
+        return self.backend.token_to_id(text) if isinstance(text, str) else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens are those that the file itself adds, often a leading bos."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json, and tokenizer_config.json where there was one."""
+        (directory / FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        if self.settings:
+            text = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
+            (directory / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def find_tokenizer(directory: Path, config: ModelConfig) -> ByteTokenizer | FileTokenizer | None:
+    """The tokenizer of a checkpoint: its tokenizer.json, bytes for a vocabulary of 256, otherwise None."""
+    if (directory / FILE).exists():
+        return FileTokenizer.from_file(directory / FILE, bos_id=config.bos_token_id, eos_ids=config.eos_token_ids)
+    return ByteTokenizer() if config.vocab_size == BYTE_VOCABULARY else None
