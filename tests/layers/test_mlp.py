@@ -10,16 +10,17 @@ from statespan.layers.mlp import MLP
 def by_hand(layer: MLP, x: torch.Tensor) -> torch.Tensor:
     """One token and one inner unit at a time, written from the equations."""
     parameters = {name: value.double() for name, value in layer.named_parameters()}
-    swiglu = layer.activation == "swiglu"
-    up, down = parameters["gate_up_proj.weight" if swiglu else "up_proj.weight"], parameters["down_proj.weight"]
-    up_bias = parameters.get("gate_up_proj.bias" if swiglu else "up_proj.bias", torch.zeros(up.shape[0]).double())
+    gated = layer.activation in ("swiglu", "geglu")
+    up, down = parameters["gate_up_proj.weight" if gated else "up_proj.weight"], parameters["down_proj.weight"]
+    up_bias = parameters.get("gate_up_proj.bias" if gated else "up_proj.bias", torch.zeros(up.shape[0]).double())
     down_bias = parameters.get("down_proj.bias", torch.zeros(down.shape[0]).double())
     inner_size = down.shape[1]
 
     def inner(token: torch.Tensor, unit: int) -> torch.Tensor:
         a = token @ up[unit] + up_bias[unit]
-        if layer.activation == "swiglu":
-            return a / (1 + torch.exp(-a)) * (token @ up[inner_size + unit] + up_bias[inner_size + unit])
+        if gated:
+            gate = a / (1 + torch.exp(-a)) if layer.activation == "swiglu" else a * 0.5 * (1 + torch.erf(a / 2**0.5))
+            return gate * (token @ up[inner_size + unit] + up_bias[inner_size + unit])
         if layer.activation == "gelu":
             return a * 0.5 * (1 + torch.erf(a / 2**0.5))
         if layer.activation == "relu":
@@ -31,7 +32,7 @@ def by_hand(layer: MLP, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu", "silu"])
 def test_value_and_gradients(activation: str, bias: bool) -> None:
     torch.manual_seed(0)
     layer = MLP(5, MLPConfig(intermediate_size=7, activation=activation, bias=bias)).double()

@@ -124,6 +124,14 @@ def test_channels_and_dtypes(channels, dtype):
         check_all(x, weight, None, state, None, "cpu", silu)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    x, weight, bias, state = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = causal_conv1d(x, weight, bias, initial_state=state, backend=backend)
+    assert torch.equal(inside, causal_conv1d(x, weight, bias, initial_state=state, backend=backend))
+
+
 def test_many_threads_and_batches_give_the_same_bits():
     x, weight, bias, state = make(batch=3, length=40, channels=300)
     segments = torch.randint(0, 3, (3, 40)).sort(1).values

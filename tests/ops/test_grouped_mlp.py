@@ -11,7 +11,8 @@ from statespan.errors import UserError
 from statespan.ops.grouped_mlp import grouped_mlp
 
 BACKENDS = ["torch", "reference"]
-ACTIVATIONS = ["swiglu", "gelu", "relu", "silu"]
+GATED = {"swiglu": F.silu, "geglu": F.gelu}
+ACTIVATIONS = [*GATED, "gelu", "relu", "silu"]
 NAMES = ("x", "expert_weight", "up_proj", "down_proj", "up_bias", "down_bias")
 
 
@@ -26,7 +27,7 @@ def problem(
 ) -> dict[str, Any]:
     """Arguments of grouped_mlp; floats require gradients. Nobody chooses expert 3, some choices are dropped."""
     experts, hidden, inner = sizes
-    up = 2 * inner if activation == "swiglu" else inner
+    up = 2 * inner if activation in GATED else inner
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, requires_grad=True)
@@ -56,9 +57,9 @@ def dense(p: dict[str, Any]) -> Tensor:
     inner = torch.einsum("th,efh->tef", p["x"], p["up_proj"])
     if p["up_bias"] is not None:
         inner = inner + p["up_bias"]
-    if p["activation"] == "swiglu":
+    if p["activation"] in GATED:
         half = inner.shape[-1] // 2
-        inner = F.silu(inner[..., :half]) * inner[..., half:]
+        inner = GATED[p["activation"]](inner[..., :half]) * inner[..., half:]
     else:
         inner = getattr(F, p["activation"])(inner)
     out = torch.einsum("tef,ehf->teh", inner, p["down_proj"])

@@ -376,9 +376,15 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
     assert torch.equal(again, y)
 
 
-def test_half_precision_inputs_give_a_float32_state() -> None:
-    y, state = problem().to(torch.bfloat16)()
+def test_the_state_is_float32_whatever_the_inputs_are() -> None:
+    p = problem().to(torch.bfloat16)
+    y, state = p(chunk_size=8)
     assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    silent = replace(p, x=torch.zeros_like(p.x))
+    dt = torch.nn.functional.softplus(p.dt.double() + p.dt_bias) / 100
+    silent.dt, silent.dt_bias = dt.bfloat16(), None
+    decay = (silent.dt.double() * p.A).sum(1).exp()
+    close(silent(chunk_size=8, dt_softplus=False)[1], decay[..., None, None] * p.initial_state, 1e-6)
 
 
 class Watch(TorchDispatchMode):

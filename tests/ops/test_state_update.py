@@ -216,6 +216,15 @@ def test_many_threads_give_the_same_bits(update, make):
     assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    for update, make in ((selective_state_update, selective_inputs), (ssd_state_update, ssd_inputs)):
+        inputs, options = make()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = update(*inputs, **options, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(inside, update(*inputs, **options, backend=backend), strict=True))
+
+
 def test_outputs_may_hold_anything_before(nan_in_new_tensors):
     for update, make in ((selective_state_update, selective_inputs), (ssd_state_update, ssd_inputs)):
         inputs, options = make()

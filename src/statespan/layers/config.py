@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Discretization = Literal["mamba", "zoh", "bilinear"]
-Activation = Literal["swiglu", "gelu", "relu", "silu"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "silu"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class MLPConfig:
     """Position-wise feed-forward layer."""
 
     intermediate_size: int = 2048
-    activation: Activation = "swiglu"  # swiglu has three matrices, the others two
+    activation: Activation = "swiglu"  # swiglu and geglu have three matrices, the others two
     bias: bool = False
 
 

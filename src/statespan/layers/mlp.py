@@ -1,18 +1,10 @@
 """The position-wise feed-forward layer."""
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
-from torch.nn import functional
 
 from statespan.layers.config import MLPConfig
 from statespan.layers.linear import Linear
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "relu": functional.relu,
-    "silu": functional.silu,
-}
+from statespan.ops.activation import GATED, activate
 
 
 class MLP(nn.Module):
@@ -31,7 +23,7 @@ class MLP(nn.Module):
     def __init__(self, hidden_size: int, config: MLPConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        if config.activation == "swiglu":
+        if config.activation in GATED:
             self.gate_up_proj = Linear(hidden_size, 2 * config.intermediate_size, bias=config.bias)
         else:
             self.up_proj = Linear(hidden_size, config.intermediate_size, bias=config.bias)
@@ -39,9 +31,5 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor, segments: Tensor | None = None) -> tuple[Tensor, None]:
         """hidden [b t h] -> ([b t h], None). Tokens do not meet here, so segments do not matter."""
-        if self.activation == "swiglu":
-            gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-            inner = functional.silu(gate) * up
-        else:
-            inner = ACTIVATIONS[self.activation](self.up_proj(hidden))
-        return self.down_proj(inner), None
+        up = self.gate_up_proj if self.activation in GATED else self.up_proj
+        return self.down_proj(activate(up(hidden), self.activation)), None

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from statespan.layers.config import MoEConfig
 from statespan.ops import grouped_mlp
+from statespan.ops.activation import GATED
 
 SINKHORN_SHARPNESS = 2.0  # BlackMamba balances exp(2 logits)
 SINKHORN_ITERATIONS = 8  # a fixed count compiles; marginals are within 1e-3 for logits of standard deviation 1
@@ -76,12 +77,12 @@ class RouterMetrics:
 
 
 class Experts(nn.Module):
-    """The experts' matrices, stacked: up_proj [e f h] (swiglu: [e 2f h], gate rows first) and down_proj [e h f]."""
+    """The experts' matrices, stacked: up_proj [e f h] (gated: [e 2f h], gate rows first) and down_proj [e h f]."""
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
         count, inner = config.num_experts, config.intermediate_size
-        up_rows = 2 * inner if config.activation == "swiglu" else inner
+        up_rows = 2 * inner if config.activation in GATED else inner
         self.activation = config.activation
         self.up_proj = nn.Parameter(torch.empty(count, up_rows, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, inner))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statespan.layers.config import MLPConfig, MoEConfig
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
+from statespan.ops.activation import GATED
 
 Shapes = dict[str, tuple[int, ...]]  # parameter name inside the module: shape
 TRAINING_FACTOR = 3  # the backward pass multiplies twice for each multiplication of the forward pass
@@ -81,7 +82,7 @@ def feed_forward_shapes(config: ModelConfig, feed_forward: str) -> Shapes:
     """Shape of each parameter of a feed-forward layer, by its name in the module."""
     hidden = config.hidden_size
     sizes: MLPConfig | MoEConfig = config.mlp if feed_forward == "mlp" else config.moe
-    inner, gated = sizes.intermediate_size, sizes.activation == "swiglu"
+    inner, gated = sizes.intermediate_size, sizes.activation in GATED
     up = 2 * inner if gated else inner
     if isinstance(sizes, MLPConfig):
         name = "gate_up_proj" if gated else "up_proj"

@@ -221,6 +221,7 @@ def _blackmamba_rows() -> dict[str, Preset]:
                     num_experts=8,
                     top_k=1,
                     intermediate_size=intermediate,
+                    activation="geglu",  # what the released code applies, though its flag is called swiglu
                     router_bias=True,
                     score_function="sigmoid",
                     balancing="sinkhorn",

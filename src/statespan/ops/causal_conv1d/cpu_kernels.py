@@ -8,11 +8,10 @@ where a segment ends its entries are made to point to a row of zeros. Four token
 they stand together, so that each weight and input is loaded less often; otherwise one.
 """
 
+from statespan.ops.causal_conv1d.cpu import AT_ONCE
 from statespan.ops.numba_kernels.gates import fast_sigmoid, fast_silu, silu_slope
 from statespan.ops.numba_kernels.loads import load_strided, load_strided_bf16, store_int64
 from statespan.ops.numba_kernels.vector import WIDTH, broadcast, jit, load_any, load_int64, store_any, zeros
-
-AT_ONCE = 4  # tokens
 
 
 @jit

@@ -31,7 +31,7 @@ def causal_conv1d(
         token = x[:, t].to(dtype).masked_fill(~real, 0.0)
         window = window.masked_fill(restarts[..., None], 0.0)
         extended = torch.cat([window, token[:, None]], dim=1)  # [b k d], oldest first
-        y = torch.einsum("bkd,dk->bd", extended, weight)
+        y = (extended * weight.t()).sum(1)
         if bias is not None:
             y = y + bias.to(dtype)
         if silu:

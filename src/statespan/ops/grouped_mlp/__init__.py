@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
+from statespan.ops.activation import ACTIVATIONS, GATED
 from statespan.ops.arguments import check_dim, check_name, check_shape, needs_gradients
 from statespan.ops.autocast import autocast
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.grouped_mlp import by_expert, reference
-from statespan.ops.grouped_mlp.experts import ACTIVATIONS, Experts
+from statespan.ops.grouped_mlp.experts import Experts
 
 __all__ = ["grouped_mlp"]
 
@@ -34,10 +35,10 @@ def grouped_mlp(
         x: [t h], float.
         expert_index: [t k], int64 in [0, e). The experts of each token; -1 is a choice that was dropped.
         expert_weight: [t k], float.
-        up_proj: [e f h], in x.dtype; for swiglu [e 2f h], the gate's rows first.
+        up_proj: [e f h], in x.dtype; gated [e 2f h], the gate's rows first.
         down_proj: [e h f], in x.dtype.
-        up_bias, down_bias: [e f] (swiglu: [e 2f]) and [e h], in x.dtype.
-        activation: "swiglu" (silu(gate) * up), "silu", "gelu" (exact) or "relu".
+        up_bias, down_bias: [e f] (gated: [e 2f]) and [e h], in x.dtype.
+        activation: gated "swiglu" (silu(gate) * up) and "geglu" (gelu(gate) * up); plain "silu", "gelu" (exact), "relu".
         backend: "auto", or a name from `statespan backends`; a named backend runs or raises.
 
     Returns:
@@ -63,14 +64,14 @@ def grouped_mlp(
     check_name(f"activation of {op}", activation, ACTIVATIONS)
     tokens, hidden_size = x.shape
     experts, _, inner_size = down_proj.shape
-    up_size = 2 * inner_size if activation == "swiglu" else inner_size
+    up_size = 2 * inner_size if activation in GATED else inner_size
     check_shape(op, "expert_index", expert_index, "[t k]", (tokens, expert_index.shape[1]))
     check_shape(op, "expert_weight", expert_weight, "[t k]", tuple(expert_index.shape))
     check_shape(op, "down_proj", down_proj, "[e h f]", (experts, hidden_size, inner_size))
     check_shape(
-        op, "up_proj", up_proj, "[e 2f h]" if activation == "swiglu" else "[e f h]", (experts, up_size, hidden_size)
+        op, "up_proj", up_proj, "[e 2f h]" if activation in GATED else "[e f h]", (experts, up_size, hidden_size)
     )
-    check_shape(op, "up_bias", up_bias, "[e 2f]" if activation == "swiglu" else "[e f]", (experts, up_size))
+    check_shape(op, "up_bias", up_bias, "[e 2f]" if activation in GATED else "[e f]", (experts, up_size))
     check_shape(op, "down_bias", down_bias, "[e h]", (experts, hidden_size))
     x, up_proj, down_proj = autocast(x), autocast(up_proj), autocast(down_proj)
     up_bias, down_bias = autocast(up_bias), autocast(down_bias)

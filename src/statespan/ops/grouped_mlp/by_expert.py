@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
+from statespan.ops.activation import activate
 from statespan.ops.custom_op import gradients
-from statespan.ops.grouped_mlp.experts import Experts, activate
+from statespan.ops.grouped_mlp.experts import Experts
 
 
 class Groups:

@@ -1,13 +1,10 @@
-"""The experts' parameters and one expert's two halves, for every backend."""
+"""The experts' parameters and one expert's two products, for every backend."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from statespan.ops.linear import linear
-
-ACTIVATIONS = ("gelu", "relu", "silu", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -20,23 +17,9 @@ class Experts:
     down_bias: Tensor | None
 
     def up(self, rows: Tensor, expert: int) -> Tensor:
-        """[.. h] -> [.. f] (swiglu: [.. 2f])."""
+        """[.. h] -> [.. f] (gated: [.. 2f])."""
         return linear(rows, self.up_proj[expert], None if self.up_bias is None else self.up_bias[expert])
 
     def down(self, inner: Tensor, expert: int) -> Tensor:
         """[.. f] -> [.. h]."""
         return linear(inner, self.down_proj[expert], None if self.down_bias is None else self.down_bias[expert])
-
-
-def activate(inner: Tensor, activation: str) -> Tensor:
-    """The activation; swiglu is silu(first half) * second half."""
-    match activation:
-        case "swiglu":
-            gate, up = inner.chunk(2, dim=-1)
-            return F.silu(gate) * up
-        case "silu":
-            return F.silu(inner)
-        case "relu":
-            return F.relu(inner)
-        case _:
-            return F.gelu(inner)

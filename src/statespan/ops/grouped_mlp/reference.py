@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from statespan.ops.grouped_mlp.experts import Experts, activate
+from statespan.ops.activation import activate
+from statespan.ops.grouped_mlp.experts import Experts
 
 
 def grouped_mlp(x: Tensor, expert_index: Tensor, expert_weight: Tensor, experts: Experts, activation: str) -> Tensor:

@@ -33,12 +33,14 @@ Rules of the house:
 - Keep the tensors alive on the host until the call returns: a kernel sees addresses only. Check shapes, strides and
   types before: a wrong address ends the process.
 - Branch on flags at run time, outside of the innermost loop, instead of compiling a kernel for each case.
-- Inside kernels nothing may raise or allocate: no division of Python ints in the "python" error model, no lists, no
-  arrays. Helpers are decorated with `jit` (always inlined); tuples of vectors may be passed around and returned.
-- A call costs one to three microseconds. Give `workers=1` for work of less than about twenty.
+- Inside kernels nothing may raise or allocate: no `range` with a step that is not a constant, no lists, no arrays.
+  Helpers are decorated with `jit` (always inlined); tuples of vectors may be passed around and returned.
+- A kernel module is named `cpu*.py` and takes code only from this package, from its neighbours of such names and from
+  the modules of `ops` itself: a change in those is what makes the cache on the disk compile anew.
+- A call costs some microseconds. Give `workers=1` for work of less than about twenty.
 
-`vector.py` holds loads, stores and arithmetic, `special_functions.py` exp, softplus, sigmoid and silu, `host.py` the vector
-width, `threads.py` how items meet PyTorch's threads, `compiler.py` the cache on the disk.
+`vector.py` holds loads, stores and arithmetic, `special_functions.py` exp, softplus, sigmoid and silu, `host.py` the
+vector width, `threads.py` how items meet PyTorch's threads, `compiler.py` the cache on the disk.
 """
 
 from statespan.ops.numba_kernels.kernel import Kernel, scratch

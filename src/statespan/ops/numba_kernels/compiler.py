@@ -1,7 +1,7 @@
 """Compiles a kernel once and keeps its machine code on disk.
 
-A kernel becomes one C function `void kernel(int64 *call)`, see `threads.py` for the layout of `call`. Its object code
-is stored under a name made of everything it depends on: the processor, the versions of Numba and llvmlite, and the source
+A kernel becomes one C function `void kernel(int64 *call)`, see `entry.py` for the layout of `call`. Its object code is
+stored under a name made of everything it depends on: the processor, the versions of Numba and llvmlite, and the source
 text of this package, of the files `cpu*.py` beside the kernel, and of the modules of `ops` itself; kernels import from
 nowhere else. So a changed kernel never runs stale code, and a warm start loads the object through llvmlite without
 importing Numba.
@@ -23,29 +23,28 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from statespan.ops.numba_kernels.host import cpu_features, cpu_name, vector_width
+from statespan.ops.numba_kernels.host import cpu_features, cpu_name
 
 ARGUMENTS = 8  # word of the call buffer where the kernel's arguments begin; the words before it are the work counters
 
-_lock = threading.RLock()
+lock = threading.RLock()  # one thread compiles, the others wait for what it makes
 _engines: list[Any] = []  # loaded code lives as long as the process
 
 
 def load(module: str, function: str, ints: tuple[str, ...], floats: tuple[str, ...]) -> int:
     """The address of the compiled kernel `function` of `module`, from the disk if it was compiled before."""
-    with _lock:
-        symbol = f"statespan_{function}"
-        path = _cache_path(module, function)
-        try:
-            code = path.read_bytes() if path else b""
-        except OSError:
-            code = b""
-        if not code:
-            _announce(f"{module.rpartition('.')[0]}.{function}", path)
-            code = _compile(module, function, ints, floats, symbol)
-            if path:
-                _store(path, code)
-        return _link(code, symbol)
+    symbol = f"statespan_{function}"
+    path = _cache_path(module, function)
+    try:
+        code = path.read_bytes() if path else b""
+    except OSError:
+        code = b""
+    if not code:
+        _announce(f"{module.rpartition('.')[0]}.{function}", path)
+        code = _compile(module, function, ints, floats, symbol)
+        if path:
+            _store(path, code)
+    return _link(code, symbol)
 
 
 def cache_directory() -> Path | None:

@@ -2,7 +2,7 @@
 
 import ctypes
 import struct
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,12 +49,14 @@ class Kernel:
             self.compile()
         call = self._buffer()
         self._layout.pack_into(call, 0, 0, 0, num_items, *words)
-        threads.run(self._entry, self._address, call, workers)
+        threads.run(cast(threads.Entry, self._entry), self._address, call, workers)
 
     def compile(self) -> None:
         """Compile now, or load from the disk, what the first call would."""
-        self._address = compiler.load(self.module, self.function, self.ints, self.floats)
-        self._entry = compiler.CFunction(self._address)
+        with compiler.lock:
+            if self._entry is None:
+                self._address = compiler.load(self.module, self.function, self.ints, self.floats)
+                self._entry = compiler.CFunction(self._address)
 
 
 def scratch(workers: int, floats: int) -> Tensor:

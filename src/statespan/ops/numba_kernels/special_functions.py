@@ -1,7 +1,7 @@
 """exp and its relatives on vectors, as polynomials. For kernel modules; importing it imports Numba.
 
-Each is good to a few units in the last place of float32. The polynomial of 2^f is 1 + f (ln 2 + ...) with the 1 exact, so
-that exp(-small) keeps what tells a long memory from an endless one.
+Each is good to a few units in the last place of float32. The polynomial of 2^f is 1 + f (ln 2 + ...) with the 1 exact,
+so that exp(-small) keeps what tells a long memory from an endless one.
 """
 
 import math

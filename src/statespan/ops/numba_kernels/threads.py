@@ -63,4 +63,5 @@ def run(entry: Entry, address: int, call: ctypes.Array[ctypes.c_char], workers: 
         helpers = [_executor(workers - 1).submit(entry, call) for _ in range(workers - 1)]
         entry(call)
         for helper in helpers:
-            helper.result()
+            if not helper.cancel():  # a helper that has not begun is not needed any more
+                helper.result()

@@ -1,9 +1,10 @@
 """Vectors of float32 as Numba values: loads, stores, arithmetic. For kernel modules; importing it imports Numba.
 
 A vector is one machine register of WIDTH float32 values. It is born by `load`, `broadcast` or `zeros`, is combined with
-`+ - * /` and `-v` (a scalar is broadcast; `a * b + c` becomes one fused instruction), `maximum`, `minimum`, `where_less`,
-and ends in `store` or `horizontal_sum`. Addresses are int64 (the tensor arguments of a kernel), indices count elements.
-The `_any` forms take only the first `count` lanes and read or write bfloat16 where the flag `bf16` is not 0.
+`+ - * /` and `-v` (a scalar is broadcast; `a * b + c` becomes one fused instruction), `maximum`, `minimum`,
+`where_less`, and ends in `store` or `horizontal_sum`. Addresses are int64 (the tensor arguments of a kernel), indices
+count elements. The `_any` forms take only the first `count` lanes and read or write bfloat16 where the flag `bf16` is
+not 0.
 """
 
 import inspect
@@ -65,7 +66,7 @@ def typed(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
         # Numba takes the number of arguments from the signature.
         names = ["typingctx", *list(inspect.signature(generate).parameters)[1:]]
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-        implementation.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions take attributes
+        implementation.__signature__ = inspect.Signature(parameters)
         implementation.__name__, implementation.__doc__ = generate.__name__, generate.__doc__
         return intrinsic(implementation)
 
@@ -289,7 +290,7 @@ def broadcast(builder: Any, scalar: Any) -> Any:
 
 
 @jit
-def zeros():  # type: ignore[no-untyped-def]  # Numba infers
+def zeros() -> Any:
     """A vector of zeros."""
     return broadcast(0.0)
 

@@ -1,5 +1,6 @@
-"""Mamba-1's selective scan for whole sequences; `statespan.ops.selective_state_update` is its one-token step."""
+"""The selective scan of Mamba-1."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,37 +34,43 @@ def selective_scan(
     discretization: str = "mamba",
     backend: str = "auto",
 ) -> Any:
-    """Selective scan: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,  y_t = C_t . h_t + D u_t   (Mamba, arXiv 2312.00752, Alg. 2).
+    """Selective state-space scan: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,  y_t = (C_t . h_t + D u_t) silu(z_t).
+
+    Mamba, arXiv 2312.00752, Algorithm 2 with the gate of Figure 3.
 
     Args:
-        u: [b t d], float. Input of each channel; t >= 1. Rows may be strided.
+        u: [b t d], float. Input of each channel. Rows of u, dt, z, B and C may be strided.
         dt: [b t d], float. Step size, before dt_bias and softplus when dt_softplus, else > 0.
         A: [d n], float32, < 0. Decay rate per unit of dt.
-        B, C: [b t g n], float. g divides d; the channels of a group share them.
+        B, C: [b t g n], float. g divides d; the d / g channels of a group share them.
         D: [d], float. Skip from input to output.
-        z: [b t d], float. Gate: the output is y * silu(z).
+        z: [b t d], float. Gate.
         dt_bias: [d], float. Added to dt.
-        initial_state: [b d n], float32. The state before the row's first real token; None for zeros.
-        segments: [b t], int. The state restarts from zero where the number changes; negative numbers are padding,
-            which leaves the state as it is and whose output is zero.
-        return_final_state: also return the state after the row's last real token.
-        discretization: "mamba" (exp(dt A), dt B), "zoh" (exp(dt A), (exp(dt A) - 1) / A B) or "bilinear"
-            ((1 + dt A / 2) / (1 - dt A / 2), dt / (1 - dt A / 2) B).
+        initial_state: [b d n], float32. h before the row's first real token; None for zeros.
+        segments: [b t], int. The state restarts from zero where the number changes; tokens with a negative number are
+            padding: they leave the state as it is, and their output is zero.
+        return_final_state: also return h after the row's last real token.
+        discretization: how dt and A become Abar and Bbar. "mamba": exp(dt A) and dt B, what all checkpoints use;
+            "zoh": exp(dt A) and (exp(dt A) - 1) / A B; "bilinear": (1 + dt A / 2) / (1 - dt A / 2) and
+            dt / (1 - dt A / 2) B.
         backend: "auto", or a name from `statespan backends`; a named backend runs or raises.
 
     Returns:
-        y [b t d] in u.dtype; with return_final_state also the state [b d n] in float32. Both are differentiable
-        with respect to every float input.
+        y [b t d] in u.dtype; with return_final_state also the last state [b d n] in float32. Both are differentiable
+        with respect to every float argument; gradients are the same bits in every run with as many threads.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message), or the discretization is unknown.
+        UserError: shapes disagree (both shapes in the message), or there is no time step.
+        UnknownName: an unknown discretization or backend.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
-    Numerics: decays, step sizes and the state are float32 whatever the inputs are (float64 inputs stay float64).
+    Numerics: dt, decays, sums and the state in float32 whatever the inputs are (float64 for float64 inputs). For the
+        backward the cpu backend keeps the inputs and the state before every 32nd step, nothing of size [b t d n].
 
     Example:
-        >>> u, B = torch.randn(1, 5, 8), torch.randn(1, 5, 1, 4)
-        >>> y, state = selective_scan(u, u, -torch.ones(8, 4), B, B, return_final_state=True)
+        >>> u, dt, A = torch.randn(1, 5, 8), torch.randn(1, 5, 8), -torch.rand(8, 4)
+        >>> B, C = torch.randn(1, 5, 1, 4), torch.randn(1, 5, 1, 4)
+        >>> y, state = selective_scan(u, dt, A, B, C, return_final_state=True)
         >>> y.shape, state.shape
         (torch.Size([1, 5, 8]), torch.Size([1, 8, 4]))
     """
@@ -71,8 +78,10 @@ def selective_scan(
     check_dim(op, "u", u, "[b t d]")
     check_dim(op, "A", A, "[d n]")
     check_dim(op, "B", B, "[b t g n]")
-    batch, length, channels = u.shape
-    groups, states = B.shape[2], A.shape[1]
+    (batch, length, channels), states, groups = u.shape, A.shape[1], B.shape[2]
+    if length == 0:
+        raise UserError(f"{op}: u has no time step, its shape [b t d] is {list(u.shape)}")
+    check_groups(op, groups, "d", channels)
     check_shape(op, "dt", dt, "[b t d]", (batch, length, channels))
     check_shape(op, "A", A, "[d n]", (channels, states))
     check_shape(op, "B", B, "[b t g n]", (batch, length, groups, states))
@@ -82,87 +91,121 @@ def selective_scan(
     check_shape(op, "dt_bias", dt_bias, "[d]", (channels,))
     check_shape(op, "initial_state", initial_state, "[b d n]", (batch, channels, states))
     check_shape(op, "segments", segments, "[b t]", (batch, length))
-    check_groups(op, groups, "d", channels)
     check_name("discretization", discretization, DISCRETIZATIONS)
-    if length == 0:
-        raise UserError(f"{op}: u must have at least one token, got {list(u.shape)}")
-    tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, segments)
-    y, final_state, _ = _scan(*tensors, dt_softplus, discretization, backend, needs_gradients(*tensors))
+    keep_starts = needs_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    y, final_state, _ = _selective_scan(
+        u, dt, A, B, C, D, z, dt_bias, initial_state, segments, dt_softplus, discretization, keep_starts, backend
+    )
     return (y, final_state) if return_final_state else y
 
 
-def _resolve(tensors: tuple[Any, ...], backend: str) -> str:
-    return resolve("selective_scan", backend, tensors[0].device, tensors[0].dtype, tensors[2].dtype)
+def _backend(backend: str, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> str:
+    gate = () if z is None else (z.dtype,)
+    return resolve("selective_scan", backend, u.device, u.dtype, dt.dtype, B.dtype, C.dtype, *gate)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, dt_softplus, discretization, backend, keep_starts = arguments
-    if _resolve(arguments, backend) == "cpu":
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    dt_softplus: bool,
+    discretization: str,
+    keep_starts: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state, segments, dt_softplus, discretization)
+    if _backend(backend, u, dt, B, C, z) == "cpu":
         from statespan.ops.selective_scan import cpu  # loads compiled kernels, so imported when it runs
 
-        return cpu.selective_scan(*tensors, dt_softplus, discretization, keep_starts)
-    y, final_state = reference.selective_scan(*tensors, dt_softplus, discretization)
-    return y, final_state.clone(), final_state.new_empty(0)
+        return cpu.selective_scan(*inputs, keep_starts)
+    return (*reference.selective_scan(*inputs), u.new_empty(0))
 
 
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, A, keep_starts = arguments[0], arguments[2], arguments[-1]
-    final_state = u.new_empty((u.shape[0], *A.shape), dtype=torch.promote_types(u.dtype, torch.float32))
-    starts = final_state.new_empty(0)
-    if keep_starts and _resolve(arguments, arguments[-2]) == "cpu":
-        from statespan.ops.selective_scan.cpu import CHUNK
+def _backward(
+    grad_y: Tensor | None,
+    grad_final: Tensor | None,
+    starts: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    dt_softplus: bool,
+    discretization: str,
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of the inputs that are there, in their order."""
+    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+    if _backend(backend, u, dt, B, C, z) == "cpu":
+        from statespan.ops.selective_scan import cpu  # loads compiled kernels, so imported when it runs
 
-        starts = final_state.new_empty((u.shape[0], -(-u.shape[1] // CHUNK), A.shape[1], A.shape[0]))
-    return u.new_empty(u.shape), final_state, starts
-
-
-def _backward(grad_y: Tensor, grad_final: Tensor, starts: Tensor, *arguments: Any) -> list[Tensor]:
-    *tensors, dt_softplus, discretization, backend = arguments
-    *differentiable, segments = tensors
-    if _resolve(arguments, backend) == "cpu":
-        from statespan.ops.selective_scan import cpu
-
-        inputs = (*differentiable[:8], segments)
-        found = cpu.gradients(grad_y, grad_final, starts, *inputs, dt_softplus, discretization)
+        found = cpu.gradients(grad_y, grad_final, starts, *inputs[:-1], segments, dt_softplus, discretization)
     else:
-        found = gradients(
-            lambda *leaves: reference.selective_scan(*leaves, segments, dt_softplus, discretization),
-            differentiable,
-            (grad_y, grad_final),
-        )
-    pairs = zip(found, differentiable, strict=True)
-    return [gradient.to(value.dtype) for gradient, value in pairs if value is not None and gradient is not None]
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        if grad_final is None:
+            grad_final = u.new_zeros(u.shape[0], *A.shape, dtype=dtype)
+
+        options: Any = {"segments": segments, "dt_softplus": dt_softplus, "discretization": discretization}
+        found = gradients(partial(reference.selective_scan, **options), inputs, (grad_y, grad_final))
+    pairs = zip(inputs, found, strict=True)
+    return [gradient.to(value.dtype) for value, gradient in pairs if value is not None and gradient is not None]
 
 
-def _fake_backward(grad_y: Tensor, grad_final: Tensor, starts: Tensor, *arguments: Any) -> list[Tensor]:
-    return [value.new_empty(value.shape) for value in arguments[:9] if value is not None]
+def _fake_forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, *rest: Any) -> Any:
+    keep_starts, backend = rest[-2:]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    y, final_state = u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=dtype)
+    if _backend(backend, u, dt, B, C, z) != "cpu":
+        return y, final_state, u.new_empty(0)
+    from statespan.ops.selective_scan.cpu import starts_shape  # loads compiled kernels, so imported when it runs
+
+    return y, final_state, u.new_empty(starts_shape(u, A, keep_starts), dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[2], *inputs[:10])
-    ctx.options = inputs[10:13]
+def _fake_backward(grad_y: Any, grad_final: Any, starts: Tensor, *inputs: Any) -> list[Tensor]:
+    return [value.new_empty(value.shape) for value in inputs[:9] if value is not None]
 
 
-def _autograd(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    starts, *tensors = ctx.saved_tensors
-    found = iter(_scan_backward(grad_y, grad_final, starts, *tensors, *ctx.options))
-    return *(None if value is None else next(found) for value in tensors[:9]), *[None] * 5
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.dt_softplus, ctx.discretization, _, ctx.backend = inputs
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.set_materialize_grads(False)
 
 
-_ARGUMENTS = (
+def _autograd(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    starts, *inputs = ctx.saved_tensors
+    found = iter(
+        _selective_scan_backward(grad_y, grad_final, starts, *inputs, ctx.dt_softplus, ctx.discretization, ctx.backend)
+    )
+    return (*(None if value is None else next(found) for value in inputs[:9]), None, None, None, None, None)
+
+
+_INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state,"
-    " Tensor? segments, bool dt_softplus, str discretization, str backend"
+    " Tensor? segments, bool dt_softplus, str discretization"
 )
-_scan = define(
-    f"selective_scan({_ARGUMENTS}, bool keep_starts) -> (Tensor, Tensor, Tensor)",
+_selective_scan = define(
+    f"selective_scan({_INPUTS}, bool keep_starts, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     setup_context=_setup_context,
     backward=_autograd,
 )
-_scan_backward = define(
-    f"selective_scan_backward(Tensor grad_y, Tensor grad_final_state, Tensor starts, {_ARGUMENTS}) -> Tensor[]",
+_selective_scan_backward = define(
+    f"selective_scan_backward(Tensor? grad_y, Tensor? grad_final, Tensor starts, {_INPUTS}, str backend) -> Tensor[]",
     _backward,
     _fake_backward,
 )

@@ -11,7 +11,7 @@ from statespan.ops.numba_kernels.host import vector_width
 from statespan.ops.segments import token_marks
 
 CHUNK = 32  # steps; the backward keeps the state before each chunk and computes the others again
-TILE_STATES = 4  # states that the backward handles at a time
+TILE_STATES = 4  # states of a channel that the backward handles at a time
 MAX_BLOCK = 8  # vectors of channels in a work item
 DISCRETIZATIONS = {"mamba": 0, "zoh": 1, "bilinear": 2}
 
@@ -29,6 +29,11 @@ _backward = Kernel(
 )
 
 
+def starts_shape(u: Tensor, A: Tensor, keep_starts: bool) -> tuple[int, ...]:
+    """The shape [b chunks n d] of the states before each chunk; no chunks unless they are kept."""
+    return (u.shape[0], -(-u.shape[1] // CHUNK) if keep_starts else 0, A.shape[1], A.shape[0])
+
+
 def selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -44,18 +49,15 @@ def selective_scan(
     discretization: str,
     keep_starts: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [b t d], the final state [b d n], and with keep_starts the states before each chunk [b chunks n d]."""
-    batch, length, channels = u.shape
-    states, width = A.shape[1], vector_width()
+    """y [b t d], the final state [b d n], and the states before each chunk."""
     inputs = _inputs(u, dt, A, B, C, D, z, dt_bias, segments, dt_softplus, discretization)
-    items = batch * inputs["groups"] * inputs["blocks"]
+    padded, block = inputs["padded"], inputs["block"]
+    items = u.shape[0] * inputs["groups"] * inputs["blocks"]
     workers = num_workers(items)
-    padded = inputs["padded"]
-    memory = scratch(workers, (3 * CHUNK + 2 * inputs["block"] * padded) * width + 2 * CHUNK * padded)
-    y = torch.empty_like(u, dtype=inputs["u"].dtype, memory_format=torch.contiguous_format)
-    final = y.new_empty(batch, states, channels, dtype=torch.float32)
-    chunks = -(-length // CHUNK) if keep_starts else 0
-    starts = final.new_empty(batch, chunks, states, channels)
+    memory = scratch(workers, (3 * CHUNK + 2 * block * padded) * vector_width() + 2 * CHUNK * padded)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    final = torch.empty(u.shape[0], A.shape[1], u.shape[2], dtype=torch.float32)
+    starts = torch.empty(starts_shape(u, A, keep_starts), dtype=torch.float32)
     _forward(
         items,
         workers=workers,
@@ -68,7 +70,7 @@ def selective_scan(
         final=final,
         starts=starts if keep_starts else None,
     )
-    return y.to(u.dtype), final.transpose(1, 2).contiguous(), starts
+    return y, final.transpose(1, 2).contiguous(), starts
 
 
 def gradients(
@@ -87,25 +89,19 @@ def gradients(
     dt_softplus: bool,
     discretization: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of absent inputs mean nothing.
-
-    The same inputs give the same bits: sums over channels and rows are formed in a fixed order.
-    """
-    batch, length, channels = u.shape
-    states, width = A.shape[1], vector_width()
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing."""
     inputs = _inputs(u, dt, A, B, C, D, z, dt_bias, segments, dt_softplus, discretization)
-    groups, block, blocks = inputs["groups"], inputs["block"], inputs["blocks"]
+    (batch, length, channels), states = u.shape, A.shape[1]
+    groups, padded, block, blocks = (inputs[name] for name in ("groups", "padded", "block", "blocks"))
     items = batch * groups * blocks
     workers = num_workers(items)
-    padded = inputs["padded"]
     vectors = 8 * CHUNK * block + (2 * CHUNK + 2) * TILE_STATES + 2 * CHUNK * (padded + 1) + (3 * padded + 2) * block
-    memory = scratch(workers, vectors * width + 2 * CHUNK * padded)
-    grad_u, grad_dt, grad_z = (
-        torch.empty(u.shape, dtype=inputs[name].dtype) for name in ("u", "dt", "z" if z is not None else "u")
-    )
-    by_state = torch.empty(2, batch, states, channels)
-    by_matrix = torch.empty(2, batch, blocks, length, groups, states)
-    by_channel = torch.empty(2, batch, channels)
+    memory = scratch(workers, vectors * vector_width() + 2 * CHUNK * padded)
+    grad_u, grad_dt = torch.empty(u.shape, dtype=u.dtype), torch.empty(u.shape, dtype=dt.dtype)
+    grad_z = torch.empty(0) if z is None else torch.empty(u.shape, dtype=z.dtype)
+    of_states = torch.empty(2, batch, states, channels, dtype=torch.float32)
+    of_matrices = torch.empty(2, batch, blocks, length, groups, states, dtype=torch.float32)
+    of_channels = torch.empty(2, batch, channels, dtype=torch.float32)
     _backward(
         items,
         workers=workers,
@@ -113,21 +109,21 @@ def gradients(
         memory=memory,
         memory_row=memory.shape[1],
         **_rows("g", _readable(grad_y)),
-        grad_final=None if grad_final is None else grad_final.float().transpose(1, 2).contiguous(),
+        grad_final=None if grad_final is None else grad_final.transpose(1, 2).contiguous(),
         starts=starts,
         grad_u=grad_u,
         grad_dt=grad_dt,
-        grad_z=None if z is None else grad_z,
-        grad_A=by_state[0],
-        grad_B=by_matrix[0],
-        grad_C=by_matrix[1],
-        grad_D=by_channel[0],
-        grad_bias=by_channel[1],
-        grad_initial=by_state[1],
+        grad_z=grad_z,
+        grad_A=of_states[0],
+        grad_B=of_matrices[0],
+        grad_C=of_matrices[1],
+        grad_D=of_channels[0],
+        grad_bias=of_channels[1],
+        grad_initial=of_states[1],
     )
-    grad_A, grad_initial = by_state[0].sum(0).t().contiguous(), by_state[1].transpose(1, 2).contiguous()
-    grad_B, grad_C = by_matrix.sum(2)
-    grad_D, grad_bias = by_channel.sum(1)
+    grad_A, grad_initial = of_states[0].sum(0).t().contiguous(), of_states[1].transpose(1, 2).contiguous()
+    grad_B, grad_C = of_matrices[0].sum(1), of_matrices[1].sum(1)
+    grad_D, grad_bias = of_channels[0].sum(0), of_channels[1].sum(0)
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial
 
 
@@ -145,10 +141,11 @@ def _inputs(
     discretization: str,
 ) -> dict[str, Any]:
     """The kernels' arguments _INPUTS."""
-    channels, groups = u.shape[2], B.shape[2]
-    vectors = -(-channels // groups // vector_width())  # of a group
-    # Enough items to keep the threads even, each as wide as possible: wide rows are read at memory speed.
-    block = max(1, min(MAX_BLOCK, u.shape[0] * groups * vectors // (4 * torch.get_num_threads()), vectors))
+    channels, groups, width = u.shape[2], B.shape[2], vector_width()
+    vectors = -(-(channels // groups) // width)  # of a group
+    # As many items as keep the threads evenly busy, and no more: wide ones read memory faster and have fewer sums.
+    block = u.shape[0] * groups * vectors // (4 * torch.get_num_threads())
+    block = max(1, min(block, vectors, MAX_BLOCK))
     return {
         **_rows("u", _readable(u)),
         **_rows("dt", _readable(dt)),
@@ -163,7 +160,7 @@ def _inputs(
         "channels": channels,
         "groups": groups,
         "num_states": A.shape[1],
-        "padded": -(-A.shape[1] // vector_width()) * vector_width(),
+        "padded": -(-A.shape[1] // width) * width,
         "block": block,
         "blocks": -(-vectors // block),
         "dt_softplus": dt_softplus,
@@ -172,9 +169,7 @@ def _inputs(
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or bfloat16, the last dimension contiguous."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
-        tensor = tensor.float()
+    """The tensor with its last dimension contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -2,8 +2,9 @@
 # Numba infers the types of kernels.
 """The backward kernel of the selective scan; `cpu.py` is its host side. Imported only to compile.
 
-Chunks run from the last to the first. Each is computed again from the state before it, a tile of states at a time, keeping
-states and decays; then the recurrence runs backward over it. A tile's scratch memory fits the first-level cache.
+Chunks run from the last to the first. Each is computed again from the state before it, a tile of states at a time,
+keeping states and decays; then the recurrence runs backward over it. A tile's scratch memory fits the first-level
+cache.
 """
 
 from typing import NamedTuple
@@ -52,21 +53,22 @@ from statespan.ops.selective_scan.cpu_recurrence import (
 )
 
 TILE = TILE_STATES * BYTES
-# Scratch arrays [chunk lanes]: dt, d dt / d raw dt, u, gradients of y before the gate and of the gate, y before the gate.
+# Scratch arrays [chunk lanes]: dt, d dt / d raw dt, u, gradient of y before the gate, d silu(z) / dz times the
+# gradient, y before the gate, gradients of u and of dt.
 STEPS, SLOPES, INPUTS, GRADS, GATES, OUTPUTS, GRADS_U, GRADS_DT = range(8)
 NUM_LINES = 8
 
 
 class Streams(NamedTuple):
-    """The rows of one vector of channels: what a chunk reads and what it writes."""
+    """What a chunk reads and writes: the tensors, or the rows of one vector of channels in them."""
 
-    u: Rows
-    dt: Rows
-    z: Rows
-    grad_y: Rows
-    grad_u: Rows
-    grad_dt: Rows
-    grad_z: Rows
+    u: Tensor | Rows
+    dt: Tensor | Rows
+    z: Tensor | Rows
+    grad_y: Tensor | Rows
+    grad_u: Tensor | Rows
+    grad_dt: Tensor | Rows
+    grad_z: Tensor | Rows
 
 
 class Tile(NamedTuple):
@@ -77,9 +79,9 @@ class Tile(NamedTuple):
     nothing: int  # [n lanes], zeros
     rates: int  # [n lanes], A log2(e)
     carry: int  # [n lanes], gradient of the state between the steps
-    grad_A: int  # [n lanes]
-    grad_B: int  # [n lanes] of the first step, the others follow sum_stride bytes apart
-    grad_C: int
+    sum_A: int  # [n lanes]
+    sum_B: int  # [n lanes] of the first step, the others follow sum_stride bytes apart
+    sum_C: int
     sum_stride: int
     B: int  # [n] of the first step, the others follow matrix_stride bytes apart
     C: int
@@ -141,20 +143,20 @@ def _replay(lines, rows, tile, marks, first, discretization, num_steps):
 
 
 @jit
-def _token_mamba(tile, before, after, decays, dt, u, g, B, C, grad_B, grad_C):
+def _token_mamba(tile, before, after, decays, dt, u, g, B, C, sum_B, sum_C):
     """One token backward: returns the gradients of u and dt, and takes the carry to before the token."""
     by_dtu, by_exponent = zeros(), zeros()
     dtu = dt * u
     for n in range(TILE_STATES):
         by_state = g * load_scalar(C, n) + load(tile.carry, n * WIDTH)
-        store(grad_C, n * WIDTH, load(grad_C, n * WIDTH) + g * load(after, n * WIDTH))
-        store(grad_B, n * WIDTH, load(grad_B, n * WIDTH) + by_state * dtu)
+        store(sum_C, n * WIDTH, load(sum_C, n * WIDTH) + g * load(after, n * WIDTH))
+        store(sum_B, n * WIDTH, load(sum_B, n * WIDTH) + by_state * dtu)
         by_dtu = by_dtu + by_state * load_scalar(B, n)
         by_before = by_state * load(decays, n * WIDTH)
         store(tile.carry, n * WIDTH, by_before)
         by_log_decay = by_before * load(before, n * WIDTH)
         by_exponent = by_exponent + by_log_decay * load(tile.rates, n * WIDTH)
-        store(tile.grad_A, n * WIDTH, load(tile.grad_A, n * WIDTH) + by_log_decay * dt)
+        store(tile.sum_A, n * WIDTH, load(tile.sum_A, n * WIDTH) + by_log_decay * dt)
     return by_dtu * dt, by_dtu * u + by_exponent * LN_2
 
 
@@ -174,7 +176,7 @@ def _slopes(dt, A, Abar, discretization):
 
 
 @jit
-def _token_general(tile, before, after, dt, u, g, B, C, grad_B, grad_C, discretization):
+def _token_general(tile, before, after, dt, u, g, B, C, sum_B, sum_C, discretization):
     """`_token_mamba` for the rules in which Bbar depends on A."""
     by_u, by_dt = zeros(), zeros()
     for n in range(TILE_STATES):
@@ -182,14 +184,14 @@ def _token_general(tile, before, after, dt, u, g, B, C, grad_B, grad_C, discreti
         Abar, scale = discretize(dt, A, discretization)
         slope, slope_A = _slopes(dt, A, Abar, discretization)
         by_state = g * load_scalar(C, n) + load(tile.carry, n * WIDTH)
-        store(grad_C, n * WIDTH, load(grad_C, n * WIDTH) + g * load(after, n * WIDTH))
-        store(grad_B, n * WIDTH, load(grad_B, n * WIDTH) + by_state * scale * u)
+        store(sum_C, n * WIDTH, load(sum_C, n * WIDTH) + g * load(after, n * WIDTH))
+        store(sum_B, n * WIDTH, load(sum_B, n * WIDTH) + by_state * scale * u)
         by_u = by_u + by_state * scale * load_scalar(B, n)
         store(tile.carry, n * WIDTH, by_state * Abar)
         by_scale = by_state * u * load_scalar(B, n)
         by_exponent = by_state * load(before, n * WIDTH) * slope
         by_dt = by_dt + by_exponent * A + by_scale * slope
-        store(tile.grad_A, n * WIDTH, load(tile.grad_A, n * WIDTH) + by_exponent * dt + by_scale * slope_A)
+        store(tile.sum_A, n * WIDTH, load(tile.sum_A, n * WIDTH) + by_exponent * dt + by_scale * slope_A)
     return by_u, by_dt
 
 
@@ -204,12 +206,12 @@ def _reverse(lines, tile, marks, discretization, num_steps):
                 before = tile.nothing
             dt, u, g = get(lines, STEPS, t), get(lines, INPUTS, t), get(lines, GRADS, t)
             B, C = tile.B + t * tile.matrix_stride, tile.C + t * tile.matrix_stride
-            grad_B, grad_C = tile.grad_B + t * tile.sum_stride, tile.grad_C + t * tile.sum_stride
+            sum_B, sum_C = tile.sum_B + t * tile.sum_stride, tile.sum_C + t * tile.sum_stride
             if discretization == MAMBA:
                 decays = tile.decays + t * TILE
-                by_u, by_dt = _token_mamba(tile, before, after, decays, dt, u, g, B, C, grad_B, grad_C)
+                by_u, by_dt = _token_mamba(tile, before, after, decays, dt, u, g, B, C, sum_B, sum_C)
             else:
-                by_u, by_dt = _token_general(tile, before, after, dt, u, g, B, C, grad_B, grad_C, discretization)
+                by_u, by_dt = _token_general(tile, before, after, dt, u, g, B, C, sum_B, sum_C, discretization)
             put(lines, GRADS_U, t, get(lines, GRADS_U, t) + by_u)
             put(lines, GRADS_DT, t, get(lines, GRADS_DT, t) + by_dt)
             if mark == RESTARTS:
@@ -267,7 +269,7 @@ def backward(
     g, g_b, g_t, g_bf16, grad_final, starts, grad_u, grad_dt, grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias,
     grad_initial,
 ):  # fmt: skip
-    """All gradients. Those of A [b n d], D and dt_bias [b d] are for each row, of B and C [b blocks t g n] for each block."""
+    """All gradients: of A [b n d], D and dt_bias [b d] for each row, of B and C [b blocks t g n] for each block."""
     place = place_of(item, channels, groups, blocks, block)
     row, vectors = place.row, place.vectors
     tensors = Streams(

@@ -2,9 +2,10 @@
 # Numba infers the types of kernels.
 """What the forward and the backward kernel of the selective scan share. Imported only to compile.
 
-A work item is a batch row, a group, and a block of vectors of its channels, one channel a lane. Time is cut into chunks,
-so that what a chunk needs stays in the caches, and the rows of the next one are asked for in time. The states of a vector
-stand in scratch memory as [n lanes]: streaming them through the first-level cache costs nothing beside the exponentials.
+A work item is a batch row, a group, and a block of vectors of its channels, one channel a lane. Time is cut into
+chunks, so that what a chunk needs stays in the caches, and the rows of the next one are asked for in time. The states
+of a vector stand in scratch memory as [n lanes]: streaming them through the first-level cache costs nothing beside the
+exponentials.
 """
 
 import math

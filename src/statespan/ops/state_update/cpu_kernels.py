@@ -22,9 +22,10 @@ from statespan.ops.numba_kernels.vector import (
     where_less,
     zeros,
 )
+from statespan.ops.state_update.cpu import DISCRETIZATIONS
 
 LOG2_E = 1 / math.log(2)
-MAMBA, ZOH, BILINEAR = 0, 1, 2
+MAMBA, ZOH = DISCRETIZATIONS["mamba"], DISCRETIZATIONS["zoh"]
 
 
 @jit

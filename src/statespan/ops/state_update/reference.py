@@ -76,7 +76,7 @@ def ssd_state_update(
     B, C = (value.to(dtype).repeat_interleave(heads, dim=1) for value in (B, C))  # [b h n]
     Abar, scale = discretize(dt, A.to(dtype), discretization)  # [b h]
     state = Abar[..., None, None] * state.to(dtype) + (scale[..., None] * x_)[..., None] * B[:, :, None, :]
-    y = torch.einsum("bhpn,bhn->bhp", state, C)
+    y = (state * C[:, :, None, :]).sum(-1)
     if D is not None:
         y = y + (D.to(dtype)[:, None] if D.dim() == 1 else D.to(dtype)) * x_
     return y.to(x.dtype), state
