@@ -38,7 +38,7 @@ def grouped_mlp(
         up_proj: [e f h], in x.dtype; gated [e 2f h], the gate's rows first.
         down_proj: [e h f], in x.dtype.
         up_bias, down_bias: [e f] (gated: [e 2f]) and [e h], in x.dtype.
-        activation: gated "swiglu" (silu(gate) * up) and "geglu" (gelu(gate) * up); plain "silu", "gelu" (exact), "relu".
+        activation: gated "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up); plain "silu", "gelu" (exact), "relu".
         backend: "auto", or a name from `statespan backends`; a named backend runs or raises.
 
     Returns:

@@ -1,0 +1,80 @@
+"""`statespan generate`: continue a prompt with a saved model, streaming the text to stdout."""
+
+import argparse
+import sys
+import time
+from dataclasses import fields
+from typing import Any
+
+from statespan.cli.arguments import Command, usable_device
+from statespan.cli.checkpoint_path import checkpoint_path
+from statespan.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint or of a training run")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that hold P together")
+    parser.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+    parser.add_argument("--seed", type=int, help="of the samples (default: a new one each time)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as stored)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import statespan
+
+    prompt = _read_stdin() if arguments.prompt == "-" else arguments.prompt
+    path = checkpoint_path(arguments.model)
+    model = statespan.load(path, device=usable_device(arguments.device), dtype=_dtype(arguments.dtype))
+    events = statespan.generate_stream(model, prompt, **_options(arguments))
+    start, first, count = time.perf_counter(), 0.0, 0
+    try:
+        for event in events:
+            print(event.text, end="", flush=True)
+            count += event.token_id is not None
+            first = first or time.perf_counter()
+    finally:
+        print()
+    _report(count, first - start, time.perf_counter() - first)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that are options of generation, under the same names."""
+    from statespan.generation.options import GenerationOptions
+
+    given = vars(arguments) | {"stop": tuple(arguments.stop)}
+    return {field.name: given[field.name] for field in fields(GenerationOptions) if field.name in given}
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 at byte {error.start}; give the prompt as UTF-8 text") from None
+
+
+def _report(count: int, first_s: float, rest_s: float) -> None:
+    """Tokens/s on stderr. The first token belongs to the prefill."""
+    rate = f", then {(count - 1) / rest_s:.1f} tokens/s" if count > 1 else ""
+    print(f"{count} tokens; the first after {first_s:.2f} s{rate}", file=sys.stderr)
+
+
+COMMAND = Command(
+    "Continue a prompt with a saved model. The text goes to stdout, the speed to stderr.",
+    "statespan generate demo-output/checkpoint 'def main(' --temperature 0.8 --seed 1",
+    add_arguments,
+    run,
+)

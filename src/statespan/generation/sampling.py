@@ -1,0 +1,142 @@
+"""From logits to the next token: penalty, temperature, filters, draw. Pure functions of logits [b v]."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from statespan.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The steps run in the order of the fields.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.95).greedy
+        False
+    """
+
+    repetition_penalty: float = 1.0  # logits of tokens seen so far: divided by it if positive, else multiplied
+    temperature: float = 1.0  # logits are divided by it; 0: the most likely token, always
+    top_k: int | None = None  # keep the k most likely tokens
+    top_p: float | None = None  # keep the fewest most likely tokens whose probabilities sum to at least this
+    min_p: float | None = None  # keep the tokens at least this likely, relative to the most likely one
+
+    def __post_init__(self) -> None:
+        _require(self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty)
+        _require(0 <= self.temperature < math.inf, "temperature must be 0 or above", self.temperature)
+        _require(self.top_k is None or self.top_k >= 1, "top_k must be at least 1", self.top_k)
+        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
+        _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p must be 0 to 1", self.min_p)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no chance is involved."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+class NonFiniteLogits(UserError):
+    """A row's logits have no finite maximum."""
+
+    def __init__(self, row: int, maximum: float) -> None:
+        self.row, self.maximum = row, maximum
+        super().__init__(f"the logits of row {row} have no finite maximum, it is {maximum}")
+
+
+def _require(holds: bool, rule: str, value: object) -> None:
+    if not holds:
+        raise UserError(f"{rule}, got {value}")
+
+
+def sample(
+    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Tensor | None = None
+) -> Tensor:
+    """The next token of each row. A row's token depends on its own logits and generator alone.
+
+    Args:
+        logits: [b v], float32.
+        sampling: What to do with them.
+        generators: One CPU generator a row; each gives one number, or none when greedy.
+        seen: [b v], bool. Tokens under the repetition penalty; None without one.
+    Returns:
+        ids [b], int64.
+    Raises:
+        NonFiniteLogits: a row's largest logit is NaN or infinite.
+
+    Example:
+        >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), Sampling(temperature=0), [torch.Generator()])
+        tensor([1])
+    """
+    if seen is not None:
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    if sampling.greedy:
+        best, ids = logits.max(dim=-1)
+        _require_finite(best)
+        return ids
+    _require_finite(logits.amax(dim=-1))
+    return draw(weights(logits, sampling), generators)
+
+
+def _require_finite(best: Tensor) -> None:
+    for row, value in enumerate(best.tolist()):
+        if not math.isfinite(value):
+            raise NonFiniteLogits(row, value)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of `seen` [b v] tokens moved away from being chosen (CTRL, arXiv 1909.05858, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def weights(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities of the next token after temperature, top-k, top-p and min-p, relative to the best token's.
+
+    Each filter sees what the one before it kept, renormalised. Tokens that tie with the last kept one stay.
+
+    Returns:
+        [b v]: 1 for the most likely token, 0 for dropped ones; not normalised.
+    """
+    # Shifted before the division: a temperature near 0 must not overflow.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    weights = (logits if sampling.temperature == 1 else logits / sampling.temperature).exp()
+    if sampling.top_k is not None and sampling.top_k < weights.shape[-1]:
+        weights = _at_least(weights, weights.topk(sampling.top_k, dim=-1).values[:, -1:])
+    if sampling.top_p is not None and sampling.top_p < 1:
+        weights = _at_least(weights, _nucleus_edge(weights, sampling.top_p))
+    if sampling.min_p:
+        weights = _at_least(weights, sampling.min_p)
+    return weights
+
+
+def _at_least(weights: Tensor, edge: Tensor | float) -> Tensor:
+    return weights * (weights >= edge)
+
+
+def _nucleus_edge(weights: Tensor, top_p: float) -> Tensor:
+    """Least weight [b 1] of the nucleus, the fewest tokens that hold top_p of the probability (arXiv 1904.09751)."""
+    mass = weights.sum(dim=-1, keepdim=True)
+    # Tokens below this hold less than 1 - top_p together, so the nucleus is among the others, which are few to sort.
+    candidates = (weights >= mass * (1 - top_p) / weights.shape[-1]).sum(dim=-1)
+    best = weights.topk(int(candidates.max()), dim=-1).values
+    missing = (best.cumsum(dim=-1) < top_p * mass).sum(dim=-1, keepdim=True)  # tokens that do not reach top_p yet
+    return best.gather(-1, missing.clamp(max=best.shape[-1] - 1))
+
+
+def draw(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token a row, as likely as its weight [b v], by inverting the cumulative sum at a random number of the row.
+
+    Numerics: the sum is float64, so that rare tokens keep their share; on a device without it the CPU draws. The number
+        is below 1 by more than rounding can undo, so what stands behind the end of the sum is never drawn.
+    """
+    mass = (weights.cpu() if weights.device.type == "mps" else weights).cumsum(dim=-1, dtype=torch.float64)
+    number = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+    place = torch.searchsorted(mass, number.to(mass.device) * mass[:, -1:], right=True)
+    return place.squeeze(-1).to(weights.device)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax of the raw logits [b v]: the model's own distribution, before penalty, temperature and filters."""
+    return logits.float().log_softmax(dim=-1)

@@ -1,0 +1,171 @@
+"""The training loop: batches in, updates of the model, and at their times rows of metrics, evaluations, checkpoints."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from statespan.errors import NonFiniteLoss
+from statespan.layers.moe import RouterMetrics
+from statespan.models.language_model import LanguageModel
+from statespan.training.config import TrainingConfig
+from statespan.training.metrics import Row, Totals, router_row
+from statespan.training.non_finite import first_non_finite
+from statespan.training.optimizer import set_learning_rate
+from statespan.training.packing import Batch, DataPosition, PackedRows
+from statespan.training.recompute import recomputing
+from statespan.training.resume import RunState
+from statespan.training.schedule import learning_rate_factor, progress
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Trainer:
+    """A model in training: what an update needs, and how far the run is.
+
+    One update is `step`; `run` makes updates until the run is over or it is asked to stop.
+    """
+
+    config: TrainingConfig
+    model: LanguageModel
+    optimizer: AdamW
+    rows: PackedRows
+    state: RunState = field(default_factory=RunState)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run done; 1 or more: over."""
+        return self._progress(self.state.step, self.state.seconds)
+
+    def _progress(self, step: int, seconds: float) -> float:
+        return progress(step, seconds, self.config.run.max_steps, self.config.run.max_seconds)
+
+    def run(
+        self,
+        *,
+        on_metrics: Callable[[Row], object],
+        on_evaluation: Callable[[], object],
+        on_checkpoint: Callable[[], object],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Update until the run is over, calling back every `log_every`, `every_steps` and `save_every` steps."""
+        run, evaluation = self.config.run, self.config.evaluation
+        self.model.train()
+        while self.progress < 1 and not should_stop():
+            row, router = self.step()
+            if self.state.step % run.log_every == 0 or self.progress >= 1:
+                on_metrics(self._metrics(row, router))
+            if self.progress >= 1:
+                break
+            if evaluation.every_steps and self.state.step % evaluation.every_steps == 0:
+                on_evaluation()
+            if run.save_every and self.state.step % run.save_every == 0:
+                on_checkpoint()
+
+    def step(self) -> tuple[Row, tuple[RouterMetrics, ...]]:
+        """One update from the next batch: learning rate and gradient norm, and the routers' metrics of its last part.
+
+        The batch's loss is its mean over predicted tokens, whatever the parts it is computed in: a part's mean loss
+        counts by its predicted tokens. The auxiliary losses count evenly.
+
+        Raises NonFiniteLoss, before the parameters are changed.
+        """
+        started, parts, position = time.perf_counter(), list[Batch](), self.state.position
+        num_rows = self.config.run.batch_size // self.config.run.accumulation_steps
+        for _ in range(self.config.run.accumulation_steps):
+            part, position = self.rows.batch(position, num_rows)
+            parts.append(part)
+        router = self._accumulate(parts)
+        gradient_norm = self._clip(parts)
+        seconds = self.state.seconds + time.perf_counter() - started
+        factor = learning_rate_factor(self._progress(self.state.step + 1, seconds), self.config.schedule)
+        learning_rate = factor * self.config.optimizer.learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._count(parts, position, time.perf_counter() - started)
+        return {"learning_rate": learning_rate, "gradient_norm": gradient_norm}, router
+
+    def _count(self, parts: list[Batch], position: DataPosition, seconds: float) -> None:
+        """One update is made."""
+        num_tokens, totals = sum(part.input_ids.numel() for part in parts), self.state.totals
+        totals.num_steps += 1
+        totals.num_tokens += num_tokens
+        totals.seconds += seconds
+        self.state = replace(
+            self.state,
+            step=self.state.step + 1,
+            seconds=self.state.seconds + seconds,
+            num_tokens=self.state.num_tokens + num_tokens,
+            position=position,
+        )
+
+    def _accumulate(self, parts: list[Batch]) -> tuple[RouterMetrics, ...]:
+        """Gradients of the whole batch's loss, part by part."""
+        router, totals = (), self.state.totals
+        num_predicted = max(sum(part.num_predicted for part in parts), 1)
+        for part in parts:
+            if part.num_predicted == 0:  # documents of one token only: a mean over nothing
+                continue
+            loss, aux_loss, router = self._forward(part)
+            total = loss * (part.num_predicted / num_predicted) + aux_loss / len(parts)
+            if not total.isfinite():
+                raise self._non_finite("the loss", [part])
+            total.backward()
+            totals.nats += loss.item() * part.num_predicted
+            totals.aux_loss += aux_loss.item() / len(parts)
+            totals.num_predicted += part.num_predicted
+            totals.num_bytes += part.num_bytes
+        return router
+
+    def _forward(self, part: Batch) -> tuple[Tensor, Tensor, tuple[RouterMetrics, ...]]:
+        device, precision = self.model.device, PRECISIONS[self.config.run.precision]
+        input_ids = part.input_ids.to(device)
+        segments = None if part.segments is None else part.segments.to(device)
+        recompute = self.config.run.activation_checkpointing
+        autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        with autocast, recomputing(self.model.layers, recompute):
+            output = self.model(input_ids, segments=segments, labels=input_ids)
+        assert output.loss is not None  # labels were given
+        return output.loss, output.aux_loss, output.router
+
+    def _clip(self, parts: list[Batch]) -> float:
+        """Clip the gradient to the global norm and return the norm that it had."""
+        limit = self.config.optimizer.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit).item()
+        if not math.isfinite(norm):
+            raise self._non_finite("the gradient", parts)
+        return norm
+
+    def _non_finite(self, what: str, parts: list[Batch]) -> NonFiniteLoss:
+        """Run the batch again under watch and say where it went wrong."""
+
+        def again(part: Batch) -> Tensor:
+            loss, aux_loss, _ = self._forward(part)
+            return loss + aux_loss
+
+        self.optimizer.zero_grad()
+        places = (first_non_finite(self.model, lambda part=part: again(part)) for part in parts)
+        place = next(filter(None, places), "a sum of gradients that are finite one by one")
+        return NonFiniteLoss(
+            f"{what} of step {self.state.step + 1} is not finite; first seen in {place}. "
+            "Try a lower optimizer.learning_rate or run.precision=float32"
+        )
+
+    def _metrics(self, row: Row, router: tuple[RouterMetrics, ...]) -> Row:
+        """The row for metrics.jsonl; starts new totals."""
+        layers = [i for i, spec in enumerate(self.model.config.layers) if spec.feed_forward == "moe"]
+        place: Row = {
+            "step": self.state.step,
+            "epoch": self.state.position.epoch,
+            "seconds": self.state.seconds,
+            "tokens": self.state.num_tokens,
+        }
+        full = place | self.state.totals.row() | row | (router_row(router, layers) if router else {})
+        self.state = replace(self.state, totals=Totals())
+        return full
