@@ -56,7 +56,7 @@ def random_weights(config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class Reference:
-    """The released inference code's equations, one token after another; the gate is GELU there, whatever the flag's name says."""
+    """The released inference code's equations, token after token; its gate is GELU, whatever the flag is called."""
 
     def __init__(self, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
         self.weights, self.config = weights, config

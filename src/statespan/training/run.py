@@ -38,7 +38,7 @@ class TrainingResult:
     interrupted_by: str | None = None  # "SIGINT" or "SIGTERM"; None: the run is over
 
 
-class _Interrupted(Exception):  # noqa: N818  # it is a request, no error
+class _Interrupted(Exception):  # it is a request, no error
     """An evaluation was interrupted."""
 
 

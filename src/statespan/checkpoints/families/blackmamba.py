@@ -1,6 +1,6 @@
 """BlackMamba as Zyphra releases it (arXiv 2402.01771): Mamba-1 layers alternating with experts. Read only.
 
-Experts are gated: the paper says SwiGLU, the released code that runs the weights applies GELU to the gate, and so do we.
+Experts are gated: the paper says SwiGLU, the released code that runs the weights applies GELU to the gate; so do we.
 """
 
 from typing import Any
