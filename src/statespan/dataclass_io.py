@@ -108,8 +108,10 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
 def apply_overrides(config: T, assignments: Iterable[str]) -> T:
     """A copy of `config` with `name=value` assignments applied; dots reach into nested dataclasses.
 
-    Values are JSON where they parse as JSON (`3`, `1e-3`, `true`, `null`, `[1, 2]`), otherwise text.
+    Values are JSON where they parse as JSON (`3`, `1e-3`, `true`, `null`, `[1, 2]`), otherwise text. The result is
+    built once, after all assignments, so their order does not matter to checks across fields.
     """
+    plain = to_plain(config)
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator:
@@ -118,19 +120,13 @@ def apply_overrides(config: T, assignments: Iterable[str]) -> T:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        config = _assign(config, name.split("."), value, type(config).__name__)
-    return config
-
-
-def _assign(config: T, path: list[str], value: Any, where: str) -> T:
-    name, rest = path[0], path[1:]
-    if not dataclasses.is_dataclass(config):
-        raise UserError(f"{where} has no fields; it cannot take {'.'.join(path)!r}")
-    known = [f.name for f in dataclasses.fields(config)]
-    if name not in known:
-        raise UnknownName(f"key in {where}", name, known)
-    if rest:
-        new = _assign(getattr(config, name), rest, value, f"{where}.{name}")
-    else:
-        new = convert(typing.get_type_hints(type(config))[name], value, f"{where}.{name}")
-    return dataclasses.replace(config, **{name: new})  # type: ignore[type-var]  # checked to be a dataclass above
+        *parents, leaf = name.split(".")
+        fields = plain
+        for parent in parents:
+            if fields.get(parent) is None:
+                fields[parent] = {}
+            fields = fields[parent]
+            if not isinstance(fields, dict):
+                raise UserError(f"{assignment!r}: {parent} has no fields")
+        fields[leaf] = value
+    return from_plain(type(config), plain)

@@ -137,7 +137,7 @@ def test_tokenizer_by_name(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     byte_level_tokenizer().backend.save(str(path))
     assert load_tokenizer(str(path)).encode("hello") == byte_level_tokenizer().encode("hello")
-    with pytest.raises(UserError, match=r"missing\.json"):
+    with pytest.raises(UserError, match=r"missing\.json: no such tokenizer file"):
         load_tokenizer(str(tmp_path / "missing.json"))
     (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
     with pytest.raises(UserError, match=r"other\.json"):

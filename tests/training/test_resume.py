@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from statespan import checkpoints
 from statespan.errors import CheckpointError, UserError
@@ -104,7 +104,7 @@ def test_a_signal_saves_first_and_the_run_goes_on_bit_for_bit(
     stopped = train(config, tmp_path / "parts", display=display)
     assert (stopped.step, stopped.interrupted_by, stopped.held_out) == (2, number.name, None)
     assert stopped.checkpoint.name == "step-000002"
-    assert display.lines[-1] == f"stopped by {number.name} at step 2; saved {stopped.checkpoint}, resume goes on there"
+    assert display.lines[-1] == f"stopped by {number.name} at step 2: saved {stopped.checkpoint}, resume to go on"
     assert signal.getsignal(number) == handler
     resumed = train(config, tmp_path / "parts", resume=True)
     whole = train(config, tmp_path / "whole")
@@ -182,7 +182,9 @@ def test_what_a_killed_process_left_is_ignored_and_removed(half: Path, config: T
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_from_nothing(half: Path, tmp_path: Path, config: TrainingConfig):
-    with pytest.raises(UserError, match="half holds a run up to step-000002; resume it or give another folder"):
+    with pytest.raises(
+        UserError, match="half holds a run up to step-000002; resume it with --resume, or give another folder"
+    ):
         train(config, half)
     with pytest.raises(UserError, match="nowhere has no checkpoint to resume from"):
         train(config, tmp_path / "nowhere", resume=True)
@@ -217,6 +219,14 @@ def test_a_damaged_checkpoint_is_one_line(half: Path, config: TrainingConfig, na
         train(config, half, resume=True)
     assert "step-000002" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_training_state_of_another_model_is_one_line(half: Path, config: TrainingConfig):
+    path = half / "checkpoints" / "step-000002" / "training_state.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"optimizer.layers.9.weight.exp_avg": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"is of another model: it has layers\.9\.weight"):
+        train(config, half, resume=True)
 
 
 def test_random_states_go_on_where_they_were():

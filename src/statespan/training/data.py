@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,11 @@ class Corpus:
 
 def load_tokenizer(name: str) -> ByteTokenizer | FileTokenizer:
     """ "bytes", or the tokenizer of a tokenizer.json file."""
-    return ByteTokenizer() if name == "bytes" else FileTokenizer.from_file(name)
+    if name == "bytes":
+        return ByteTokenizer()
+    if not Path(name).is_file():
+        raise DataError(f"{name}: no such tokenizer file; set data.tokenizer to a tokenizer.json, or to bytes")
+    return FileTokenizer.from_file(name)
 
 
 def build_corpus(texts: Iterable[str], tokenizer: ByteTokenizer | FileTokenizer) -> Corpus:

@@ -104,6 +104,8 @@ def restore(checkpoint: Path, model: LanguageModel, optimizer: AdamW) -> RunStat
             random_tensors[name] = value
         else:
             name, _, moment = name.rpartition(".")
+            if name not in parameters:
+                raise CheckpointError(f"{checkpoint}: {TENSORS} is of another model: it has {name}")
             optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
     restore_random(random_tensors, random_values)
     return state

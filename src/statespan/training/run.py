@@ -129,7 +129,7 @@ class _Run:
         stopped = self.interruption.signal
         if stopped is not None:
             self.display.say(
-                f"stopped by {stopped.name} at step {self.trainer.state.step}; saved {checkpoint}, resume goes on there"
+                f"stopped by {stopped.name} at step {self.trainer.state.step}: saved {checkpoint}, resume to go on"
             )
         state = self.trainer.state
         return TrainingResult(
@@ -232,7 +232,9 @@ def _last_checkpoint(directory: Path, config: TrainingConfig, resume: bool) -> P
     found = list_checkpoints(directory)
     if not resume:
         if found:
-            raise UserError(f"{directory} holds a run up to {found[-1].name}; resume it or give another folder")
+            raise UserError(
+                f"{directory} holds a run up to {found[-1].name}; resume it with --resume, or give another folder"
+            )
         return None
     if not found:
         raise UserError(f"{directory} has no checkpoint to resume from")

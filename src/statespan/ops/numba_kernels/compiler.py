@@ -34,13 +34,13 @@ _engines: list[Any] = []  # loaded code lives as long as the process
 def load(module: str, function: str, ints: tuple[str, ...], floats: tuple[str, ...]) -> int:
     """The address of the compiled kernel `function` of `module`, from the disk if it was compiled before."""
     symbol = f"statespan_{function}"
-    path = _cache_path(module, function)
+    path = _cache_path(module, function, f"{ints} {floats}")
     try:
         code = path.read_bytes() if path else b""
     except OSError:
         code = b""
     if not code:
-        _announce(f"{module.rpartition('.')[0]}.{function}", path)
+        _announce(f"{module.removeprefix('statespan.ops.').split('.')[0]}.{function}", path)
         code = _compile(module, function, ints, floats, symbol)
         if path:
             _store(path, code)
@@ -64,7 +64,7 @@ def cache_directory() -> Path | None:
     return root / "statespan" if os.access(root / "statespan", os.W_OK) else None
 
 
-def _cache_path(module: str, function: str) -> Path | None:
+def _cache_path(module: str, function: str, arguments: str) -> Path | None:
     directory = cache_directory()
     if directory is None:
         return None
@@ -80,7 +80,8 @@ def _cache_path(module: str, function: str) -> Path | None:
     digest = hashlib.sha256()
     for source in sorted(sources):
         digest.update(source.read_bytes())
-    digest.update(f"{cpu_name()} {cpu_features()} {version('numba')} {version('llvmlite')} {sys.platform}".encode())
+    versions = f"{version('numba')} {version('llvmlite')} {sys.platform}"
+    digest.update(f"{arguments} {cpu_name()} {cpu_features()} {versions}".encode())
     return directory / f"{module.removeprefix('statespan.ops.')}.{function}.{digest.hexdigest()[:16]}.o"
 
 
@@ -94,7 +95,7 @@ def _store(path: Path, code: bytes) -> None:
 
 def _announce(kernel: str, path: Path | None) -> None:
     kept = f"cached in {path.parent}" if path else "not cached: no folder to write to, set NUMBA_CACHE_DIR"
-    print(f"statespan: compiling {kernel.removeprefix('statespan.ops.')} (once; {kept})", file=sys.stderr, flush=True)
+    print(f"statespan: compiling {kernel} (once; {kept})", file=sys.stderr, flush=True)
 
 
 def _target_machine() -> Any:
