@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/statespan demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest -n auto --durations=15
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -123,7 +123,8 @@ def test_interrupt_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    run = subprocess.run([*PROGRAM, "inspect"], stdout=writing, stderr=subprocess.PIPE, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = subprocess.run([*PROGRAM, "inspect"], stdout=writing, stderr=subprocess.PIPE, check=False, env=buffered)
     os.close(writing)
     assert (run.returncode, run.stderr) == (141, b"")
 

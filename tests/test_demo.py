@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import inspect
 import json
 import lzma
 import math
@@ -18,8 +19,9 @@ import torch
 
 import statespan
 from statespan.cli import main
-from statespan.demo.corpus import compress, source_files, split_sources
+from statespan.demo.corpus import CompressedSizes, compress, source_files, split_sources
 from statespan.demo.curve import CurvePoint, Level, draw_curve, seconds_to_reach
+from statespan.demo.report import DemoResult, write_report
 from statespan.errors import DataError
 
 
@@ -37,7 +39,7 @@ def library(tmp_path: Path) -> Path:
     write(root / "empty.py", b"")
     write(root / "latin.py", "# é\n".encode("latin-1"))
     write(root / "notes.txt", b"no source\n")
-    for folder in ("test", "site-packages", "encodings", "pydoc_data", "pack0/tests", "__pycache__"):
+    for folder in ("test", "site-packages", "encodings", "pydoc_data", "pack0/tests", "pack1/idle_test"):
         write(root / folder / "left_out.py", b"x = 1\n")
     return root
 
@@ -74,10 +76,10 @@ def test_a_library_without_sources_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_compressed_sizes_unpack_to_the_text() -> None:
-    text = b"import os\n" * 300 + bytes(range(256))
+    text = Path(inspect.__file__).read_bytes()
     sizes = compress(text)
     assert sizes.original == len(text)
-    assert sizes.gzip == len(gzip.compress(text, compresslevel=9))
+    assert sizes.gzip == len(gzip.compress(text, compresslevel=9)) < len(gzip.compress(text, compresslevel=6))
     assert sizes.xz == len(lzma.compress(text, preset=9))
     assert sizes.bits_per_byte(sizes.gzip) == pytest.approx(8 * sizes.gzip / len(text))
 
@@ -114,6 +116,74 @@ def test_curve_picture_shows_curve_and_levels(tmp_path: Path) -> None:
     for red, green, blue in ((0x1F, 0x6F, 0xEB), (0xD1, 0x24, 0x2F), (0x9A, 0x67, 0x00)):
         near = (abs(picture[..., :3] * 255 - [red, green, blue]) < 12).all(axis=-1)
         assert near.sum() > 500, (red, green, blue)  # pixels of that line and of its legend
+
+
+def result_with(bits: float, seconds: float | None = None, completion: str = "x") -> DemoResult:
+    return DemoResult(
+        command="statespan demo",
+        finished="2026-01-01 00:00",
+        seed=0,
+        train_files=20,
+        train_bytes=1000,
+        held_out_files=2,
+        sizes=CompressedSizes(original=8000, gzip=2000, xz=1500),
+        bits_per_byte=bits,
+        evaluation_s=2.0,
+        training_s=300.0,
+        steps=10,
+        trained_bytes=5000,
+        seconds_to_beat_gzip=seconds,
+        precision="float32",
+        parameters=123456,
+        active_parameters=65432,
+        config={"model": {"hidden_size": 8}, "run": {"max_seconds": 300.0}},
+        machine={"processor": "a <fast> one"},
+        prompt="def ",
+        completion=completion,
+    )
+
+
+@pytest.mark.parametrize(
+    ("result", "ending"),
+    [
+        (result_with(1.2), "the model beats both, and is 40% smaller than gzip."),
+        (result_with(1.6), "the model beats gzip, and is 20% smaller than gzip."),
+        (
+            result_with(2.5, 900.0),
+            "misses gzip by 0.500 bits per byte. The curve, carried on, meets gzip after about 15.0 minutes.",
+        ),
+        (
+            result_with(2.5),
+            "misses gzip by 0.500 bits per byte. Its curve is too short or flat to say what time would close it.",
+        ),
+        (
+            result_with(2.0),
+            "misses gzip by 0.000 bits per byte. Its curve is too short or flat to say what time would close it.",
+        ),
+    ],
+)
+def test_the_verdict_says_what_the_figures_say(result: DemoResult, ending: str) -> None:
+    assert result.verdict().startswith(
+        f"{result.bits_per_byte:.3f} bits per byte on held-out files; gzip -9 needs 2.000"
+    )
+    assert "xz -9 1.500" in result.verdict()
+    assert result.verdict().endswith(ending)
+
+
+def test_the_page_escapes_what_the_model_wrote(tmp_path: Path) -> None:
+    (tmp_path / "curve.png").write_bytes(b"picture")
+    write_report(
+        tmp_path / "report.html",
+        result_with(1.2, completion="<script>alert(1)</script> & so on"),
+        tmp_path / "curve.png",
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; so on" in page
+    assert "a &lt;fast&gt; one" in page
+    assert "model.hidden_size = 8\nrun.max_seconds = 300.0" in page
+    assert base64.b64encode(b"picture").decode() in page
+    assert '<td>this model</td><td class="number">1,200</td><td class="number">1.200</td>' in page
+    assert '<td>gzip -9</td><td class="number">2,000</td><td class="number">2.000</td>' in page
 
 
 # The whole demo
@@ -191,6 +261,8 @@ def test_demo_keeps_out_of_other_folders(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["demo", "--output", str(tmp_path / "mine")]) == 2
     assert "holds other files than a demo's; name another folder with --output" in capsys.readouterr().err
     assert main(["demo", "--output", str(tmp_path / "mine" / "thesis.txt")]) == 2
+    assert main(["demo", "--output", str(tmp_path / "mine" / "thesis.txt" / "inside")]) == 2
+    assert "thesis.txt" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_bytes() == b"precious"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

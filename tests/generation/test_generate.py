@@ -257,7 +257,7 @@ def test_a_training_model_is_left_training(tiny: Callable[[str], LanguageModel])
 
 
 def test_a_suspended_stream_leaves_autograd_alone(tiny: Callable[[str], LanguageModel]) -> None:
-    model = tiny("mamba1")
+    model = tiny("gru")
     stream = generate_stream(model, PROMPT, max_new_tokens=3)
     next(stream)
     assert not torch.is_inference_mode_enabled()

@@ -93,7 +93,7 @@ def test_a_state_of_a_forward_goes_on(model: LanguageModel) -> None:
 
 def test_a_state_can_be_used_with_gradients_on(tiny: Callable[[str], LanguageModel]) -> None:
     """It is no inference tensor: training may start from it."""
-    for kind in ("jamba", "lstm"):
+    for kind in ("attention", "lstm"):
         model = tiny(kind)
         state = greedy(model, PROMPT, 4, return_state=True).state
         model(torch.tensor([[1, 2, 3]]), state=state.model_state).logits.sum().backward()

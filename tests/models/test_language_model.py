@@ -204,3 +204,10 @@ def test_forward_compiles_without_a_break() -> None:
     torch.testing.assert_close(loss, expected)
     expected_gradient = torch.autograd.grad(expected, model.layers[0].mixer.A_log)[0]
     torch.testing.assert_close(torch.autograd.grad(loss, model.layers[0].mixer.A_log)[0], expected_gradient)
+
+
+def test_a_model_without_mixers_has_an_empty_state() -> None:
+    model, tokens = small("mlp", "moe"), ids(2, 5)
+    output = model(tokens, state=model.new_state(2))
+    torch.testing.assert_close(output.logits, model(tokens).logits)
+    assert output.state.layers == (None, None)

@@ -1,4 +1,4 @@
-"""The ground of the CPU kernels: vectors and their functions against float64, threads, forks, and the cache on the disk."""
+"""The ground of the CPU kernels: vectors and functions against float64, threads, forks, and the cache on the disk."""
 
 import math
 import os
@@ -74,7 +74,7 @@ def module(tmp_path_factory: pytest.TempPathFactory):
     (folder / "cpu_probe.py").write_text(KERNELS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         patch.setenv("NUMBA_CACHE_DIR", str(folder / "cache"))
         yield "cpu_probe"
 
@@ -102,7 +102,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 INPUTS = torch.cat([torch.linspace(-150, 140, 4001), torch.linspace(-2, 2, 4001), torch.logspace(-30, 0, 99)])
 INPUTS = torch.cat([INPUTS, -INPUTS[-99:], torch.tensor([0.0, 19.99, 20.01, -126.0, 127.5])])
-EXACT = {
+EXACT = {  # in float64
     "exp2": torch.exp2,
     "exp": torch.exp,
     "softplus": lambda x: x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())),
@@ -118,22 +118,25 @@ def function_values(module: str, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+LIMIT = {"exp2": 2e-7, "exp": 3e-7, "softplus": 4e-7, "sigmoid": 3e-7, "silu": 4e-7, "exp2_minus_1": 1e-6}  # relative
+TINY = 2e-36  # below it some results are denormal, and counted as absolute errors
+
+
 def test_functions_are_right_to_a_few_units_in_the_last_place(module: str) -> None:
     values = function_values(module, INPUTS)
     for value, (name, function) in zip(values, EXACT.items(), strict=True):
         x = INPUTS.double().clamp(max=127.0) if name == "exp2_minus_1" else INPUTS.double()
         exact = function(x)
-        ordinary = (exact.abs() > 1.2e-38 * 150) & (exact.abs() < 3.4e38)
-        error = ((value.double() - exact) / exact).abs()[ordinary]
-        assert error.max() < 4e-7, name
-        assert (value - exact).abs()[exact.abs() <= 1.2e-38 * 150].max() < 1.2e-38 * 150, name
+        ordinary = (exact.abs() > TINY) & (exact.abs() < 3.4e38)
+        assert ((value.double() - exact) / exact).abs()[ordinary].max() < LIMIT[name], name
+        assert (value - exact).abs()[exact.abs() <= TINY].max() < TINY, name
         assert (value[exact >= 3.5e38] == math.inf).all(), name
 
 
 def test_a_decay_of_almost_one_keeps_what_is_missing_to_one(module: str) -> None:
-    x = -torch.logspace(-6, -1, 200)
+    x = -torch.logspace(-6, -2, 200)
     value, exact = function_values(module, x)[0].double(), torch.exp2(x.double())
-    assert ((value - exact).abs() <= 2**-24 * (1 + 1e-9)).all()  # rounded once, no error of the polynomial
+    assert (value - exact).abs().max() <= 2**-25 * 1.01  # half a unit: the polynomial adds nothing to rounding
     assert function_values(module, torch.zeros(3))[0].tolist() == [1.0] * 3
 
 
@@ -187,21 +190,28 @@ torch.manual_seed(0)
 assert vector_width() == {width}
 u, dt, z = torch.randn(3, 2, 37, 21).unbind()
 inputs = [u, dt, -torch.rand(21, 5), *torch.randn(2, 2, 37, 3, 5).unbind(), torch.randn(21), z]
-inputs = [value.requires_grad_() for value in inputs]
 found = []
-for backend in ("cpu", "reference"):
+for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+    inputs = [value.detach().to(dtype).requires_grad_() for value in inputs]
     y, state = selective_scan(*inputs, return_final_state=True, discretization="{rule}", backend=backend)
     found.append([y, state, *torch.autograd.grad((y**2).sum() + state.sin().sum(), inputs)])
 for value, exact in zip(*found):
-    assert (value - exact).abs().max() < 3e-6 * exact.abs().max()
+    assert (value - exact).abs().max() < 2e-6 * exact.abs().max()
+u, dt, A, B, C, D, z = (value.detach().float() for value in inputs)
+y = selective_scan(u.bfloat16(), dt, A, B.bfloat16(), C, D, z)
+assert torch.equal(y, selective_scan(u.bfloat16().float(), dt, A, B.bfloat16().float(), C, D, z).bfloat16())
+ties = 1 + torch.arange(21) * 2.0**-8
+y = selective_scan(torch.ones_like(u).bfloat16(), dt, A, B, 0 * C, ties)
+assert torch.equal(y[0, 0], ties.bfloat16())
 """
 
 
 @pytest.mark.parametrize(("cpu", "features", "width"), NARROWER)
-def test_narrower_vectors_give_the_same_results(cpu: str, features: str, width: int, module: str) -> None:
+def test_narrower_vectors_give_the_same_results(cpu: str, features: str, width: int) -> None:
     rule = "mamba" if width == 8 else "zoh"
-    test = run_python(SCAN.format(width=width, rule=rule), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features)
-    assert test.returncode == 0, test.stderr
+    code = SCAN.format(width=width, rule=rule)
+    run = run_python(code, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR="")
+    assert run.returncode == 0, run.stderr
 
 
 # Threads and processes.
@@ -239,11 +249,13 @@ def test_kernels_run_at_once_in_several_python_threads(module: str, two_threads:
         assert all(pool.map(job, range(8)))
 
 
-def test_kernels_hold_no_gil(module: str) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kernels_hold_no_gil(module: str, workers: int) -> None:
     flag, seen = torch.zeros(1, dtype=torch.int64), torch.zeros(2)
     wait_for = Kernel(module, "wait_for", "flag seen limit")
     wait_for.compile()
-    thread = threading.Thread(target=wait_for, args=(1,), kwargs={"flag": flag, "seen": seen, "limit": 10**10})
+    arguments = {"workers": workers, "flag": flag, "seen": seen, "limit": 2 * 10**9}
+    thread = threading.Thread(target=wait_for, args=(1,), kwargs=arguments)
     thread.start()
     flag.fill_(1)
     thread.join(timeout=60)
@@ -288,7 +300,8 @@ def test_forked_and_spawned_children_run_kernels_after_their_parent_did(module: 
 def test_a_kernel_is_announced_and_compiled_once_until_its_source_changes(module, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
     source = tmp_path / "cpu_cached.py"
-    text = "from statespan.ops.numba_kernels.vector import *\n\n@jit\ndef one(item, worker, x):\n    store_scalar(x, 0, {})\n"
+    header = "from statespan.ops.numba_kernels.vector import *\n"
+    text = header + "@jit\ndef one(item, worker, x):\n    store_scalar(x, 0, {})\n"
     code = (
         f"import sys, torch; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from statespan.ops.numba_kernels import Kernel\n"

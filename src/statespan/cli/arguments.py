@@ -1,4 +1,4 @@
-"""The command line's parser: argparse without abbreviations, its errors one line that offers the nearest known name."""
+"""The command line's parser: argparse with its errors in one line that offers the nearest known name."""
 
 import argparse
 import shlex
@@ -39,7 +39,6 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=summary,
             epilog=f"example:\n  {example}",
-            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
@@ -47,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_all(self, argv: Sequence[str], rest: str | None = None) -> argparse.Namespace:
-        """Parse `argv`; every word must be used. Unknown options are told before missing arguments are.
+        """Parse `argv`; every word must be used. Unknown and abbreviated options are told before missing arguments are.
 
         argparse fills a list argument from one stretch of words only; further stretches go to the list called `rest`.
         """

@@ -66,7 +66,7 @@ class DemoResult:
             return text + f"beats {beaten}, and is {saved:.0%} smaller than gzip."
         text += f"misses gzip by {self.bits_per_byte - self.gzip_bits:.3f} bits per byte. "
         if self.seconds_to_beat_gzip is None:
-            return text + "The run was too short to tell what time would close it; try --minutes 5."
+            return text + "Its curve is too short or flat to say what time would close it."
         return text + f"The curve, carried on, meets gzip after about {self.seconds_to_beat_gzip / 60:.1f} minutes."
 
 

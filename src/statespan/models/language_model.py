@@ -207,7 +207,7 @@ class LanguageModel(nn.Module):
             elif (type(layer), layer.row_shape) != kind:
                 have, want = f"{type(layer).__name__} {layer.row_shape}", f"{kind[0].__name__} {kind[1]}"
                 raise UserError(f"state of layer {index} is {have} a row, the model's is {want}; {remedy}")
-        if state.batch_size != batch_size:
+        if any(expected) and state.batch_size != batch_size:
             raise UserError(f"state has {state.batch_size} rows and input_ids {batch_size}; they must agree")
 
     @cached_property

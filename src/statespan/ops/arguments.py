@@ -5,6 +5,8 @@ from torch import Tensor
 
 from statespan.errors import UnknownName, UserError
 
+DISCRETIZATIONS = ("bilinear", "mamba", "zoh")
+
 
 def check_shape(op: str, name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
     """Raise UserError unless the tensor, where there is one, has this shape."""

@@ -12,7 +12,7 @@ from statespan.ops.dispatch import resolve
 __all__ = ["linear", "quantize_rows"]
 
 FEW_ROWS = 8  # up to here the cpu kernel reads the weights once, at memory speed; matrix units win beyond
-WIDENED_ELEMENTS = 1 << 20  # int8 weights are widened in blocks of at most this many elements, which stay in cache
+WIDENED_ELEMENTS = 1 << 24  # int8 weights are widened at most this many at once
 
 
 def linear(
@@ -30,8 +30,8 @@ def linear(
         weight: [o i], float32, bfloat16 or int8.
         bias: [o], float.
         scale: [o], float32. For int8 weights only, where it is needed: W = Q * scale[:, None], see `quantize_rows`.
-        backend: "auto", or a name from `statespan backends`; "cpu" streams the weights at memory speed for up to 8 rows
-            (beyond, where autograd records and under autocast it is F.linear too), "torch" is F.linear.
+        backend: "auto", or a name from `statespan backends`. "cpu" reads the weights at memory speed for up to 8 rows;
+            beyond, where autograd records and under autocast it is F.linear too. "torch" is F.linear.
 
     Returns:
         y [.. o] in x.dtype (under autocast in its dtype). Gradients are those of F.linear; int8 weights have none.
@@ -82,9 +82,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     """F.linear in the wider dtype of x and weight. int8 is exact in every float dtype, and scaled after."""
     if scale is not None:
-        rows = max(1, WIDENED_ELEMENTS // weight.shape[1])
-        y = torch.cat([F.linear(x, block.to(x.dtype)) for block in weight.split(rows)], dim=-1) * scale
-        return (y if bias is None else y + bias).to(x.dtype)
+        blocks = weight.split(max(1, WIDENED_ELEMENTS // weight.shape[1]))
+        products = [F.linear(x, block.to(x.dtype)) for block in blocks]
+        y = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        y = y.mul_(scale)
+        return y if bias is None else y.add_(bias)
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     wide = torch.promote_types(x.dtype, weight.dtype)
@@ -93,7 +95,10 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None)
 
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, backend: str) -> Tensor:
     dtypes = (x.dtype,) if scale is not None else (x.dtype, weight.dtype)
-    if resolve("linear", backend, x.device, *dtypes) == "cpu" and 0 < x.numel() <= FEW_ROWS * weight.shape[1]:
+    name, row, elements = resolve("linear", backend, x.device, *dtypes), weight.shape[1], x.numel()
+    if backend == "auto" and elements == row and x.dtype == weight.dtype == torch.float32:
+        name = "torch"  # the one case in which F.linear reads memory as fast, and it costs less to call
+    if name == "cpu" and 0 < elements <= FEW_ROWS * row:
         from statespan.ops.linear import cpu  # loads compiled kernels, so imported when it runs
 
         return cpu.linear(x, weight, bias, scale)

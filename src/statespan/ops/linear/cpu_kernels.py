@@ -77,34 +77,26 @@ def _dot(row, x, inputs, kind):
 
 
 @jit
-def _dot_4(row, x, inputs, kind):
-    """The products of a weight row and four rows of x."""
-    a, b, c, d = zeros(), zeros(), zeros(), zeros()
-    a2, b2, c2, d2 = zeros(), zeros(), zeros(), zeros()
-    i = 0
-    while i + 2 * WIDTH <= inputs:
-        _prefetch(row, i, 2 * WIDTH, kind)
-        w = _weights(row, i, kind)
-        a = w * load(x, i) + a
-        b = w * load(x, inputs + i) + b
-        c = w * load(x, 2 * inputs + i) + c
-        d = w * load(x, 3 * inputs + i) + d
-        i += WIDTH
-        w = _weights(row, i, kind)
-        a2 = w * load(x, i) + a2
-        b2 = w * load(x, inputs + i) + b2
-        c2 = w * load(x, 2 * inputs + i) + c2
-        d2 = w * load(x, 3 * inputs + i) + d2
-        i += WIDTH
-    while i < inputs:
-        count = min(WIDTH, inputs - i)
-        w = _first_weights(row, i, count, kind)
-        a = w * load_first(x, i, count) + a
-        b = w * load_first(x, inputs + i, count) + b
-        c = w * load_first(x, 2 * inputs + i, count) + c
-        d = w * load_first(x, 3 * inputs + i, count) + d
-        i += WIDTH
-    return horizontal_sum(a + a2), horizontal_sum(b + b2), horizontal_sum(c + c2), horizontal_sum(d + d2)
+def _dots(row, next_row, x, inputs, kind):
+    """The products of two weight rows and four rows of x, so that each load is used more than once."""
+    a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
+    b0, b1, b2, b3 = zeros(), zeros(), zeros(), zeros()
+    for i in range(0, inputs // WIDTH * WIDTH, WIDTH):
+        _prefetch(row, i, WIDTH, kind)
+        _prefetch(next_row, i, WIDTH, kind)
+        u, v = _weights(row, i, kind), _weights(next_row, i, kind)
+        x0, x1 = load(x, i), load(x, inputs + i)
+        x2, x3 = load(x, 2 * inputs + i), load(x, 3 * inputs + i)
+        a0, a1, a2, a3 = u * x0 + a0, u * x1 + a1, u * x2 + a2, u * x3 + a3
+        b0, b1, b2, b3 = v * x0 + b0, v * x1 + b1, v * x2 + b2, v * x3 + b3
+    if inputs % WIDTH != 0:
+        i, count = inputs // WIDTH * WIDTH, inputs % WIDTH
+        u, v = _first_weights(row, i, count, kind), _first_weights(next_row, i, count, kind)
+        x0, x1 = load_first(x, i, count), load_first(x, inputs + i, count)
+        x2, x3 = load_first(x, 2 * inputs + i, count), load_first(x, 3 * inputs + i, count)
+        a0, a1, a2, a3 = u * x0 + a0, u * x1 + a1, u * x2 + a2, u * x3 + a3
+        b0, b1, b2, b3 = v * x0 + b0, v * x1 + b1, v * x2 + b2, v * x3 + b3
+    return a0, a1, a2, a3, b0, b1, b2, b3
 
 
 @jit
@@ -121,19 +113,26 @@ def _finish(y, index, value, output, scale, bias, y_bf16):
 
 @jit
 def _linear(item, x, weight, scale, bias, y, rows, inputs, outputs, outputs_per_item, row_stride, y_bf16, kind):
-    for o in range(item * outputs_per_item, min(outputs, (item + 1) * outputs_per_item)):
-        row, r = weight + o * row_stride * _bytes(kind), 0
-        while r + 4 <= rows:
-            v0, v1, v2, v3 = _dot_4(row, x + r * inputs * 4, inputs, kind)
-            _finish(y, r * outputs + o, v0, o, scale, bias, y_bf16)
-            _finish(y, (r + 1) * outputs + o, v1, o, scale, bias, y_bf16)
-            _finish(y, (r + 2) * outputs + o, v2, o, scale, bias, y_bf16)
-            _finish(y, (r + 3) * outputs + o, v3, o, scale, bias, y_bf16)
+    o, last = item * outputs_per_item, min(outputs, (item + 1) * outputs_per_item)
+    step = row_stride * _bytes(kind)
+    while o < last:
+        row, pair, r = weight + o * step, min(2, last - o), 0
+        while pair == 2 and r + 4 <= rows:
+            sums = _dots(row, row + step, x + r * inputs * 4, inputs, kind)
+            _finish(y, r * outputs + o, horizontal_sum(sums[0]), o, scale, bias, y_bf16)
+            _finish(y, (r + 1) * outputs + o, horizontal_sum(sums[1]), o, scale, bias, y_bf16)
+            _finish(y, (r + 2) * outputs + o, horizontal_sum(sums[2]), o, scale, bias, y_bf16)
+            _finish(y, (r + 3) * outputs + o, horizontal_sum(sums[3]), o, scale, bias, y_bf16)
+            _finish(y, r * outputs + o + 1, horizontal_sum(sums[4]), o + 1, scale, bias, y_bf16)
+            _finish(y, (r + 1) * outputs + o + 1, horizontal_sum(sums[5]), o + 1, scale, bias, y_bf16)
+            _finish(y, (r + 2) * outputs + o + 1, horizontal_sum(sums[6]), o + 1, scale, bias, y_bf16)
+            _finish(y, (r + 3) * outputs + o + 1, horizontal_sum(sums[7]), o + 1, scale, bias, y_bf16)
             r += 4
-        while r < rows:
-            value = _dot(row, x + r * inputs * 4, inputs, kind)
-            _finish(y, r * outputs + o, value, o, scale, bias, y_bf16)
-            r += 1
+        for i in range(pair):
+            for left in range(r, rows):
+                value = _dot(row + i * step, x + left * inputs * 4, inputs, kind)
+                _finish(y, left * outputs + o + i, value, o + i, scale, bias, y_bf16)
+        o += pair
 
 
 def linear_float32(

@@ -30,7 +30,7 @@ def linear_cross_entropy(
     """Cross entropy of a linear head: loss_t = logsumexp_v(W h_t) - (W h_t)[label_t]   (cut down: arXiv 2411.09009).
 
     The logits of some tokens at a time are computed, turned into the loss and, where gradients are wanted, at once
-    into gradients: one chunk of at most 64 MiB in float32 is alive, whatever the vocabulary.
+    into gradients: one chunk of at most 256 MiB in float32 is alive, whatever the vocabulary.
 
     Args:
         hidden: [.. h], float.

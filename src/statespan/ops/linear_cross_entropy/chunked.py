@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-LOGIT_BYTES = 64 << 20  # of one chunk's logits in float32; twice that is held at once
+LOGIT_BYTES = 256 << 20  # of one chunk's logits in float32; twice that is held at once
 
 
 def losses_and_gradients(
@@ -31,7 +31,9 @@ def losses_and_gradients(
     counted = (labels != ignore_index).nonzero()[:, 0]
     losses = hidden.new_zeros(labels.shape, dtype=dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    grad_weight = weight.new_zeros(weight.shape if need_weight else 0, dtype=dtype)
+    chunks = _chunks(counted, valid_vocab_size)
+    # Only a sum over chunks needs more than the product's own rounding.
+    grad_weight = weight.new_zeros(weight.shape if need_weight else 0, dtype=dtype if len(chunks) > 1 else None)
     head, grad_head = weight[:valid_vocab_size], grad_weight[:valid_vocab_size]
 
     def add(tokens: Tensor) -> None:  # a function, so that its large tensors are gone before the next chunk's
@@ -44,12 +46,12 @@ def losses_and_gradients(
         scale = 1 if token_scale is None else token_scale[tokens, None]
         if need_hidden:
             grad_hidden[tokens] = ((grad_logits @ head) * scale).to(rows.dtype)
-        if need_weight and weight.dtype == dtype:
-            grad_head.addmm_(grad_logits.T, rows * scale)
+        if need_weight and rows.dtype == grad_head.dtype:
+            grad_head.addmm_(grad_logits.T, (rows * scale).to(rows.dtype))
         elif need_weight:
             grad_head.add_(grad_logits.T @ (rows * scale).to(rows.dtype))
 
-    for tokens in _chunks(counted, valid_vocab_size):
+    for tokens in chunks:
         add(tokens)
     return losses, grad_hidden, grad_weight.to(weight.dtype)
 

@@ -55,7 +55,7 @@ def _executor(workers: int) -> ThreadPoolExecutor:
 
 def run(entry: Entry, address: int, call: ctypes.Array[ctypes.c_char], workers: int) -> None:
     """Let `workers` threads take work items from the buffer `call` until none is left."""
-    if workers == 1:
+    if workers == 1 or _forked:
         entry(call)
     elif (parallel := _gomp_parallel()) is not None:
         parallel(address, call, workers, 0)

@@ -61,7 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """y and x + residual."""
-    y, total = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape, dtype=residual.dtype)
+    y, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=residual.dtype)
     _normalize(_rows(x), _rows(residual), weight, y, total, eps)
     return y, total
 
@@ -124,31 +124,31 @@ def rms_norm_backward(
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
     """y of `statespan.ops.gated_rms_norm`."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    x, z = _rows(x), _rows(z)
+    y = x.new_empty(x.shape)
+    x, z, weight = _rows(x), _rows(z), weight.contiguous()
     num_items, rows_per_item = _items(x)
     workers = num_workers(num_items)
     memory = scratch(workers, group_size)
-    _gated_forward(
+    _gated_forward.launch(
         num_items,
-        workers=workers,
-        x=x,
-        z=z,
-        weight=weight.contiguous(),
-        y=y,
-        scratch=memory,
-        num_rows=x.shape[0],
-        rows_per_item=rows_per_item,
-        channels=x.shape[1],
-        group_size=group_size,
-        norm_before_gate=norm_before_gate,
-        x_stride=x.stride(0),
-        z_stride=z.stride(0),
-        scratch_stride=4 * memory.stride(0),
-        x_bf16=x.dtype is BF16,
-        z_bf16=z.dtype is BF16,
-        weight_bf16=weight.dtype is BF16,
-        eps=eps,
+        workers,
+        x.data_ptr(),
+        z.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        memory.data_ptr(),
+        x.shape[0],
+        rows_per_item,
+        x.shape[1],
+        group_size,
+        norm_before_gate,
+        x.stride(0),
+        z.stride(0),
+        4 * memory.stride(0),
+        x.dtype is BF16,
+        z.dtype is BF16,
+        weight.dtype is BF16,
+        eps,
     )
     return y
 

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.ops.arguments import check_dim, check_groups, check_name, check_shape, needs_gradients
+from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_groups, check_name, check_shape, needs_gradients
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.selective_scan import reference
 
 __all__ = ["selective_scan"]
-
-DISCRETIZATIONS = ("bilinear", "mamba", "zoh")
 
 
 def selective_scan(

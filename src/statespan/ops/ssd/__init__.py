@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.ops.arguments import check_dim, check_groups, check_name, check_shape
+from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_groups, check_name, check_shape
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.ssd import chunked, reference
 from statespan.ops.ssd.inputs import Inputs, Options
 
 __all__ = ["ssd"]
-
-DISCRETIZATIONS = ("bilinear", "mamba", "zoh")
 
 
 def ssd(

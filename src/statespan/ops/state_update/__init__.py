@@ -4,14 +4,20 @@ from typing import Any
 
 from torch import Tensor
 
-from statespan.ops.arguments import check_dim, check_groups, check_name, check_shape, needs_gradients, refuse_gradients
+from statespan.ops.arguments import (
+    DISCRETIZATIONS,
+    check_dim,
+    check_groups,
+    check_name,
+    check_shape,
+    needs_gradients,
+    refuse_gradients,
+)
 from statespan.ops.custom_op import define
 from statespan.ops.dispatch import resolve
 from statespan.ops.state_update import reference
 
 __all__ = ["selective_state_update", "ssd_state_update"]
-
-DISCRETIZATIONS = ("bilinear", "mamba", "zoh")
 
 
 def selective_state_update(

@@ -24,7 +24,7 @@ _ssd = Kernel(
 BF16 = torch.bfloat16
 DISCRETIZATIONS = {"mamba": 0, "zoh": 1, "bilinear": 2}
 CHANNELS_PER_ITEM = 256
-ALONE = 1 << 15  # state values that one thread has updated before another is awake
+ALONE = 1 << 14  # state values that one thread has updated before another is awake
 
 
 def _last(x: Tensor) -> Tensor:
