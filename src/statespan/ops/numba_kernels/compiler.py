@@ -48,20 +48,20 @@ def load(module: str, function: str, ints: tuple[str, ...], floats: tuple[str, .
 
 
 def cache_directory() -> Path | None:
-    """Where object code is kept: NUMBA_CACHE_DIR, else the user's cache folder; None where nothing can be written."""
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        root = Path(os.environ["NUMBA_CACHE_DIR"])
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where object code is kept: NUMBA_CACHE_DIR, else the user's cache folder; None where there can be no folder."""
     try:
+        if os.environ.get("NUMBA_CACHE_DIR"):
+            root = Path(os.environ["NUMBA_CACHE_DIR"])
+        elif sys.platform == "win32":
+            root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            root = Path.home() / "Library" / "Caches"
+        else:
+            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         (root / "statespan").mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: nobody's home
         return None
-    return root / "statespan" if os.access(root / "statespan", os.W_OK) else None
+    return root / "statespan"
 
 
 def _cache_path(module: str, function: str, arguments: str) -> Path | None:
@@ -94,7 +94,8 @@ def _store(path: Path, code: bytes) -> None:
 
 
 def _announce(kernel: str, path: Path | None) -> None:
-    kept = f"cached in {path.parent}" if path else "not cached: no folder to write to, set NUMBA_CACHE_DIR"
+    writable = path is not None and os.access(path.parent, os.W_OK)
+    kept = f"cached in {path.parent}" if writable else "not cached: no folder to write to, set NUMBA_CACHE_DIR"
     print(f"statespan: compiling {kernel} (once; {kept})", file=sys.stderr, flush=True)
 
 

@@ -34,7 +34,8 @@ FLOATS, BITS, HALVES, MASK = (ir.VectorType(element, WIDTH) for element in (F32,
 
 def jit(function: Any) -> Any:
     """Compile a helper of kernels: always inlined, and an integer division by zero does not raise."""
-    return njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    options: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # numba's own annotations lack these two
+    return njit(error_model="numpy", forceinline=True, **options)(function)
 
 
 class VectorType(types.Type):
