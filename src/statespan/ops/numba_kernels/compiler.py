@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import os
 import sys
-import tempfile
 import threading
 from importlib.metadata import version
 from pathlib import Path
@@ -87,15 +86,19 @@ def _cache_path(module: str, function: str, arguments: str) -> Path | None:
 
 def _store(path: Path, code: bytes) -> None:
     """Write so that a reader in another process sees all of it or nothing. A full disk costs only the cache."""
-    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(code)
-        file.close()
-        Path(file.name).replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        temporary.write_bytes(code)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _announce(kernel: str, path: Path | None) -> None:
-    writable = path is not None and os.access(path.parent, os.W_OK)
-    kept = f"cached in {path.parent}" if writable else "not cached: no folder to write to, set NUMBA_CACHE_DIR"
+    kept = "not cached: no folder to write to, set NUMBA_CACHE_DIR"
+    if path is not None and os.access(path.parent, os.W_OK):
+        kept = f"cached in {path.parent}"
     print(f"statespan: compiling {kernel} (once; {kept})", file=sys.stderr, flush=True)
 
 
