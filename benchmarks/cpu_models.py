@@ -1,6 +1,6 @@
 """Whole models on the CPU beside transformers, mambapy and llama.cpp: prefill, training step, decode, peak memory.
 
-    python -m benchmarks.cpu_models [prefill train decode jamba] [--quick]
+    python -m benchmarks.cpu_models [prefill train decode jamba] [--quick] [--length 2048]
 
 Random weights; every peer runs the same ones. Peers that cannot be imported are left out. transformers trains only two
 layers and mambapy four, their time is scaled by the layers' number (said in the note): whole models would take an hour.
@@ -166,7 +166,7 @@ def train_rows(repetitions: int) -> list[Row]:
         rows.append(Row(task, key, ids.numel() / timing.median_s, "tok/s", timing.spread))
     rows += [Row(f"{task}, peak above weights", key, peak_mib(run), "MiB", 0) for key, run in runs.items()]
     for key, (layers, step) in _training_peers(model.config, ids).items():
-        timing = time_in_turns({key: step}, repetitions=3)[key]
+        timing = time_in_turns({key: step}, repetitions=3, seconds_each=5)[key]
         note = f"{layers} layers measured, scaled to {len(model.config.layers)}; head and optimizer not counted"
         seconds = timing.median_s * len(model.config.layers) / layers
         rows.append(Row(task, key, ids.numel() / seconds, "tok/s", timing.spread, note))
@@ -195,8 +195,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["prefill", "train", "decode", "jamba"])
     parser.add_argument("--quick", action="store_true", help="short prompts and few repetitions")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a prompt")
     options = parser.parse_args()
-    repetitions, length, count = (3, 256, 8) if options.quick else (7, LENGTH, NEW_TOKENS)
+    repetitions, length, count = (3, 256, 8) if options.quick else (7, options.length, NEW_TOKENS)
     parts: dict[str, Callable[[], list[Row]]] = {
         "prefill": lambda: prefill_rows("mamba-130m", "mamba-130m", repetitions, length),
         "train": lambda: train_rows(repetitions),

@@ -19,13 +19,13 @@ class Timing:
 def time_in_turns(
     candidates: Mapping[str, Callable[[], object]], *, repetitions: int = 5, seconds_each: float = 20.0
 ) -> dict[str, Timing]:
-    """Run each candidate once to warm up, then in turns; one that has used up `seconds_each` drops out after three."""
+    """Run each candidate once to warm up, then in turns; one that has used up `seconds_each` drops out."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         run()
     for _ in range(repetitions):
         for name, run in candidates.items():
-            if len(seconds[name]) >= 3 and sum(seconds[name]) > seconds_each:
+            if sum(seconds[name]) > seconds_each:
                 continue
             start = time.perf_counter()
             run()

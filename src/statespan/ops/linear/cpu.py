@@ -15,7 +15,8 @@ _KERNELS = {
     )
 }
 
-ITEM_BYTES = 1 << 15  # weights of a work item
+ITEM_BYTES = 1 << 17  # most weights of a work item: long streams are read fastest
+ITEMS = 16  # fewest work items of a matrix, so that no thread waits long for the last one
 ALONE_BYTES = 1 << 17  # weights that one thread has read before another is awake
 
 
@@ -30,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None)
     y = x.new_empty((*x.shape[:-1], outputs))
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     row_bytes = inputs * weight.element_size()
-    outputs_per_item = max(1, ITEM_BYTES // row_bytes)
+    outputs_per_item = max(1, min(ITEM_BYTES // row_bytes, outputs // ITEMS))
     num_items = (outputs + outputs_per_item - 1) // outputs_per_item
     x = _plain(x)
     bias = None if bias is None else _plain(bias)
