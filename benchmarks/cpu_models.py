@@ -1,4 +1,4 @@
-"""Whole models on the CPU beside transformers, mambapy and llama.cpp: prefill, training step, decode, peak memory.
+"""Whole models on the CPU beside transformers, mambapy and llama.cpp: prefill, training step, decode.
 
     python -m benchmarks.cpu_models [prefill train decode jamba] [--quick] [--length 2048]
 
@@ -18,7 +18,7 @@ import torch
 import statespan
 from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
 from benchmarks.record import Row, report
-from benchmarks.timing import peak_mib, time_in_turns
+from benchmarks.timing import time_in_turns
 from statespan.layers.config import AttentionConfig, Mamba1Config, MLPConfig, MoEConfig
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
@@ -61,12 +61,12 @@ def transformers_models(model: LanguageModel) -> dict[str, Any]:
         }
 
 
-def llama_models(model: LanguageModel, folder: Path) -> dict[str, LlamaCpp]:
-    """The same weights in llama.cpp."""
+def llama_models(model: LanguageModel, folder: Path, kinds: tuple[str, ...]) -> dict[str, LlamaCpp]:
+    """The same weights in llama.cpp. Its q8_0 prefill dies of an illegal instruction where AMX needs permission."""
     if find_spec("llama_cpp") is None or find_spec("gguf") is None:
         return {}
     peers = {}
-    for kind in ("f16", "bf16", "q8_0"):
+    for kind in kinds:
         write_gguf(model, folder / f"{kind}.gguf", kind)
         peers[f"llama.cpp {kind}"] = LlamaCpp(folder / f"{kind}.gguf", torch.get_num_threads())
     return peers
@@ -94,12 +94,10 @@ def in_inference(run: Callable[[], object]) -> Callable[[], object]:
     return call
 
 
-def timed_rows(
-    task: str, candidates: dict[str, Callable[[], object]], tokens: int, repetitions: int, notes: dict[str, str]
-) -> list[Row]:
+def timed_rows(task: str, candidates: dict[str, Callable[[], object]], tokens: int, repetitions: int) -> list[Row]:
     """Tokens a second of each candidate, in turns."""
     timings = time_in_turns({name: in_inference(run) for name, run in candidates.items()}, repetitions=repetitions)
-    return [Row(task, n, tokens / t.median_s, "tok/s", t.spread, notes.get(n, "")) for n, t in timings.items()]
+    return [Row(task, name, tokens / t.median_s, "tok/s", t.spread) for name, t in timings.items()]
 
 
 def prefill_rows(config: ModelConfig | str, name: str, repetitions: int, length: int) -> list[Row]:
@@ -112,14 +110,9 @@ def prefill_rows(config: ModelConfig | str, name: str, repetitions: int, length:
         runs[key] = lambda m=peer: m(ids, use_cache=True, logits_to_keep=1)
     with tempfile.TemporaryDirectory() as folder:
         if name.startswith("mamba"):
-            for key, peer in llama_models(ours["statespan float32"], Path(folder)).items():
+            for key, peer in llama_models(ours["statespan float32"], Path(folder), ("f16", "bf16")).items():
                 runs[key] = lambda m=peer: m.prefill(ids[0].tolist())
-        rows = timed_rows(f"{name}, prefill {length}", runs, length, repetitions, {})
-    for key in [k for k in runs if not k.startswith("llama")]:
-        rows.append(
-            Row(f"{name}, prefill {length}, peak above weights", key, peak_mib(in_inference(runs[key])), "MiB", 0)
-        )
-    return rows
+        return timed_rows(f"{name}, prefill {length}", runs, length, repetitions)
 
 
 def decode_rows(config: ModelConfig | str, name: str, repetitions: int, count: int) -> list[Row]:
@@ -130,9 +123,9 @@ def decode_rows(config: ModelConfig | str, name: str, repetitions: int, count: i
         runs[key] = hf_decode(peer, ids, count)
     with tempfile.TemporaryDirectory() as folder:
         if name.startswith("mamba"):
-            for key, peer in llama_models(ours["statespan float32"], Path(folder)).items():
+            for key, peer in llama_models(ours["statespan float32"], Path(folder), ("f16", "bf16", "q8_0")).items():
                 runs[key] = lambda m=peer: m.decode(count)
-        return timed_rows(f"{name}, decode, batch 1", runs, count, repetitions, {})
+        return timed_rows(f"{name}, decode, batch 1", runs, count, repetitions)
 
 
 def training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], autocast: bool) -> Callable[[], object]:
@@ -164,7 +157,6 @@ def train_rows(repetitions: int) -> list[Row]:
     }
     for key, timing in time_in_turns(runs, repetitions=repetitions).items():
         rows.append(Row(task, key, ids.numel() / timing.median_s, "tok/s", timing.spread))
-    rows += [Row(f"{task}, peak above weights", key, peak_mib(run), "MiB", 0) for key, run in runs.items()]
     for key, (layers, step) in _training_peers(model.config, ids).items():
         timing = time_in_turns({key: step}, repetitions=3, seconds_each=5)[key]
         note = f"{layers} layers measured, scaled to {len(model.config.layers)}; head and optimizer not counted"
