@@ -20,8 +20,8 @@ def demo_config(corpus: Path, *, seed: int, minutes: float) -> TrainingConfig:
     """
     return TrainingConfig(
         model=preset("jamba-demo"),
-        data=DataConfig(train=str(corpus / "train"), held_out=str(corpus / "held-out"), sequence_length=512, seed=seed),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
+        data=DataConfig(train=str(corpus / "train"), held_out=str(corpus / "held-out"), sequence_length=256, seed=seed),
+        optimizer=OptimizerConfig(learning_rate=4e-3),
         schedule=ScheduleConfig("cosine", warmup_fraction=0.03, final_ratio=0.02),
         evaluation=EvaluationConfig(),
         run=RunConfig(seed=seed, max_steps=None, max_seconds=60 * minutes, batch_size=8, log_every=5),

@@ -157,7 +157,15 @@ def _jamba_rows() -> dict[str, Preset]:
         ),
         "jamba-demo": Preset(
             "Jamba on bytes, small enough to train on two cores in minutes",
-            _jamba(BYTES, 8, 256, 512, heads=4, kv_heads=2, experts=4),
+            ModelConfig(
+                **BYTES,
+                hidden_size=192,
+                layers=tuple(map(LayerSpec.from_text, ("mamba1+mlp", "mamba1+moe", "attention+mlp", "mamba1+moe"))),
+                mamba1=Mamba1Config(state_size=8, inner_norms=True),
+                attention=AttentionConfig(num_heads=4, num_kv_heads=2, sliding_window=512),
+                mlp=MLPConfig(384),
+                moe=MoEConfig(num_experts=4, top_k=1, intermediate_size=384, load_balance_coef=0.001),
+            ),
         ),
     }
 
