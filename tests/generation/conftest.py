@@ -42,6 +42,9 @@ class Scripted:
     def new_state(self, batch_size: int) -> ModelState:
         return ModelState((RecurrentState(torch.zeros(batch_size, 2)),))
 
+    def decoder(self, batch_size: int) -> "ScriptedDecoder":
+        return ScriptedDecoder(self, batch_size)
+
     def __call__(
         self, ids: Tensor, *, state: ModelState, attention_mask: Tensor | None = None, logits_at: str = "all"
     ) -> LanguageModelOutput:
@@ -60,6 +63,19 @@ class Scripted:
             logits[row, 0, script[place] if 0 <= place < len(script) else 0] = 10.0
         after = ModelState((RecurrentState(hidden),))
         return LanguageModelOutput(None if logits_at == "none" else logits, after, None, torch.zeros(()), ())
+
+
+class ScriptedDecoder:
+    """One token a row."""
+
+    def __init__(self, model: Scripted, batch_size: int) -> None:
+        self.model, self.batch_size = model, batch_size
+
+    def __call__(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        assert len(ids) == self.batch_size
+        output = self.model(ids.unsqueeze(1), state=state)
+        assert output.logits is not None and output.state is not None
+        return output.logits[:, -1], output.state
 
 
 @pytest.fixture(autouse=True)

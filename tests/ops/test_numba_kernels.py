@@ -16,6 +16,7 @@ from statespan.ops.numba_kernels import Kernel, num_workers, scratch, threads
 from statespan.ops.numba_kernels.host import vector_width
 
 KERNELS = '''
+from statespan.ops.numba_kernels.phases import wait_until
 from statespan.ops.numba_kernels.special_functions import *
 from statespan.ops.numba_kernels.vector import *
 
@@ -50,6 +51,20 @@ def count_items(item, worker, visits, workers):
     """Each item leaves a mark at its place, and each worker one at its own."""
     store_scalar(visits, item, load_scalar(visits, item) + 1.0)
     store_scalar(workers, worker, 1.0)
+
+@jit
+def two_phases(item, worker, finished, x, doubled, sums, count):
+    """Items of the first phase double a value each, those of the second add up all of them."""
+    if item < count:
+        for i in range(200 * (item % 3)):  # unequal work
+            store_scalar(doubled, item, load_scalar(x, item) + i)
+        store_scalar(doubled, item, 2.0 * load_scalar(x, item))
+    else:
+        wait_until(finished, count)
+        total = 0.0
+        for i in range(count):
+            total += load_scalar(doubled, i)
+        store_scalar(sums, item - count, total)
 
 @jit
 def wait_for(item, worker, flag, seen, limit):
@@ -228,6 +243,25 @@ def test_every_item_runs_once_on_at_most_as_many_workers(module: str, workers, o
         count_items.launch(num_items, workers, visits.data_ptr(), seen.data_ptr())
         assert (visits[:num_items] == 1).all() and (visits[num_items:] == 0).all()
         assert (seen[workers:] == 0).all()
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_phase_begins_when_the_one_before_is_finished(module: str, workers, openmp, monkeypatch) -> None:
+    if not openmp:
+        monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
+    kernel = Kernel(module, "two_phases", "finished x doubled sums count")
+    doubled, sums = torch.empty(37), torch.empty(11)
+    prepared = kernel.prepare(37 + 11, workers, 1, doubled.data_ptr(), sums.data_ptr(), 37)
+    for call in range(100):
+        x = torch.randint(0, 100, (37,)).float()
+        doubled.fill_(math.nan)
+        sums.fill_(math.nan)
+        if call % 2:
+            kernel(48, workers=workers, x=x, doubled=doubled, sums=sums, count=37)
+        else:
+            prepared(x.data_ptr())
+        assert (sums == 2 * x.sum()).all()
 
 
 def test_as_many_threads_as_pytorch_has(two_threads: None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from statespan.generation.options import GenerationOptions
 from statespan.generation.sampling import log_probabilities, sample
 from statespan.layers.state import ModelState
+from statespan.models.decoder import Decoder
 from statespan.models.language_model import LanguageModel, LanguageModelOutput
 
 
@@ -69,6 +70,7 @@ class DecodeBatch:
         """`logits` [b v] and `state` come from `absorb`; `prompts` are the tokens under the repetition penalty."""
         self.model, self.logits, self.state, self.options = model, logits, state, options
         self._ids = torch.empty(0, dtype=torch.int64)
+        self._decoder: Decoder | None = None
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._seen: Tensor | None = None
         if options.repetition_penalty != 1:
@@ -96,9 +98,10 @@ class DecodeBatch:
     @torch.inference_mode()
     def advance(self) -> None:
         """Feed the chosen tokens."""
-        output = self.model(self._ids.unsqueeze(1), state=self.state)
-        assert output.logits is not None  # no labels went in
-        self.logits, self.state = output.logits[:, -1].float(), _state_of(output)
+        if self._decoder is None or self._decoder.batch_size != len(self._ids):
+            self._decoder = self.model.decoder(len(self._ids))
+        logits, self.state = self._decoder(self._ids.to(self.model.device), self.state)
+        self.logits = logits.float()
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:

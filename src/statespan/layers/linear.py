@@ -4,10 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from statespan.ops import linear, quantize_rows
+from statespan.ops.decode_step import Projection
 
 
 class Linear(nn.Linear):
     """nn.Linear whose product is `ops.linear`."""
+
+    scale: Tensor | None = None  # that of int8 weights: see Int8Linear
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
@@ -17,7 +20,7 @@ class Int8Linear(nn.Module):
     """A linear layer for inference with int8 weights: y = (x Q^T) * scale + bias, one scale an output row."""
 
     weight: Tensor
-    scale: Tensor
+    scale: Tensor | None
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -30,3 +33,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias, scale=self.scale)
+
+
+def projection_of(layer: Linear | Int8Linear) -> Projection:
+    """What a decoding step reads of a linear layer."""
+    return Projection(layer.weight, layer.scale, layer.bias)

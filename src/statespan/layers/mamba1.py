@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from statespan.layers.config import Mamba1Config
-from statespan.layers.linear import Linear
+from statespan.layers.linear import Linear, projection_of
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
 from statespan.layers.state import SSMState
 from statespan.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from statespan.ops.decode_step import Mamba1Weights
 
 
 class Mamba1(Mixer):
@@ -21,6 +22,7 @@ class Mamba1(Mixer):
         inner, rank = config.inner_size(hidden_size), config.rank(hidden_size)
         self.config = config
         self.inner_size, self.rank, self.state_size = inner, rank, config.state_size
+        self.norm_epsilon = norm_epsilon
         self.in_proj = Linear(hidden_size, 2 * inner, bias=config.proj_bias)
         self.conv1d = nn.Conv1d(inner, inner, config.conv_kernel, groups=inner, bias=config.conv_bias)
         self.x_proj = Linear(inner, rank + 2 * config.state_size, bias=False)
@@ -89,6 +91,27 @@ class Mamba1(Mixer):
             discretization=self.config.discretization,
         )
         return self.out_proj(y).unsqueeze(1), SSMState(conv, ssm)
+
+    def step_weights(self, norm: RMSNorm) -> Mamba1Weights:
+        inner_norms = ()
+        if self.config.inner_norms:
+            inner_norms = (self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight)
+        return Mamba1Weights(
+            norm=norm.weight,
+            norm_epsilon=norm.epsilon,
+            in_proj=projection_of(self.in_proj),
+            conv_weight=self.conv1d.weight.squeeze(1),
+            conv_bias=self.conv1d.bias,
+            x_proj=projection_of(self.x_proj),
+            inner_norms=inner_norms,
+            inner_norm_epsilon=self.norm_epsilon,
+            dt_proj=projection_of(self.dt_proj),
+            dt_bias=self.dt_bias,
+            A_log=self.A_log,
+            D=self.D,
+            out_proj=projection_of(self.out_proj),
+            discretization=self.config.discretization,
+        )
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> SSMState:
         ssm_dtype = torch.promote_types(dtype, torch.float32)

@@ -5,11 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statespan.layers.config import Mamba2Config
-from statespan.layers.linear import Linear
+from statespan.layers.linear import Linear, projection_of
 from statespan.layers.mixer import Mixer
-from statespan.layers.norm import GatedRMSNorm
+from statespan.layers.norm import GatedRMSNorm, RMSNorm
 from statespan.layers.state import SSMState
 from statespan.ops import causal_conv1d, causal_conv1d_update, ssd, ssd_state_update
+from statespan.ops.decode_step import Mamba2Weights
 
 
 class Mamba2(Mixer):
@@ -19,7 +20,7 @@ class Mamba2(Mixer):
 
     def __init__(self, hidden_size: int, config: Mamba2Config, norm_epsilon: float = 1e-5) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.norm_epsilon = config, norm_epsilon
         self.num_heads, self.inner_size = config.heads(hidden_size), config.inner_size(hidden_size)
         self.bc_size = config.num_groups * config.state_size
         conv_size = self.inner_size + 2 * self.bc_size
@@ -100,6 +101,27 @@ class Mamba2(Mixer):
             discretization=self.config.discretization,
         )
         return self._output(y, z).unsqueeze(1), SSMState(conv, ssm)
+
+    def step_weights(self, norm: RMSNorm) -> Mamba2Weights:
+        gated = self.config.gated_norm
+        return Mamba2Weights(
+            norm=norm.weight,
+            norm_epsilon=norm.epsilon,
+            in_proj=projection_of(self.in_proj),
+            conv_weight=self.conv1d.weight.squeeze(1),
+            conv_bias=self.conv1d.bias,
+            dt_bias=self.dt_bias,
+            A_log=self.A_log,
+            D=self.D,
+            state_size=self.config.state_size,
+            gate_norm=self.norm.weight if gated else None,
+            gate_norm_epsilon=self.norm_epsilon,
+            gate_norm_size=self.norm.group_size if gated else self.inner_size,
+            norm_before_gate=self.config.norm_before_gate,
+            out_proj=projection_of(self.out_proj),
+            dt_limit=self.config.dt_limit,
+            discretization=self.config.discretization,
+        )
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> SSMState:
         conv_size = self.inner_size + 2 * self.bc_size

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from statespan.layers.float32 import KeepFloat32
+from statespan.layers.norm import RMSNorm
 from statespan.layers.state import State
+from statespan.ops.decode_step import Mamba1Weights, Mamba2Weights
 
 
 class Mixer(KeepFloat32):
@@ -21,6 +23,10 @@ class Mixer(KeepFloat32):
     @abstractmethod
     def forward(self, hidden: Tensor, state: Any = None, segments: Tensor | None = None) -> tuple[Tensor, State | None]:
         """Mix `hidden` [b t h] over t."""
+
+    def step_weights(self, norm: RMSNorm) -> Mamba1Weights | Mamba2Weights | None:
+        """What a prepared decoding step of h + mixer(norm(h)) reads; None: this mixer has no such step."""
+        return None
 
     @abstractmethod
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:

@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 
 from statespan.layers.config import MLPConfig
-from statespan.layers.linear import Linear
+from statespan.layers.linear import Linear, projection_of
+from statespan.layers.norm import RMSNorm
 from statespan.ops.activation import GATED, activate
+from statespan.ops.decode_step import FeedForwardWeights
 
 
 class MLP(nn.Module):
@@ -31,5 +33,13 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor, segments: Tensor | None = None) -> tuple[Tensor, None]:
         """hidden [b t h] -> ([b t h], None). Tokens do not meet here, so segments do not matter."""
-        up = self.gate_up_proj if self.activation in GATED else self.up_proj
-        return self.down_proj(activate(up(hidden), self.activation)), None
+        return self.down_proj(activate(self._up(hidden), self.activation)), None
+
+    @property
+    def _up(self) -> Linear:
+        return self.gate_up_proj if self.activation in GATED else self.up_proj
+
+    def step_weights(self, norm: RMSNorm) -> FeedForwardWeights:
+        """What a prepared decoding step of h + mlp(norm(h)) reads."""
+        up, down = projection_of(self._up), projection_of(self.down_proj)
+        return FeedForwardWeights(norm.weight, norm.epsilon, up, down, self.activation)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from statespan.layers.config import MoEConfig
-from statespan.ops import grouped_mlp
+from statespan.layers.norm import RMSNorm
+from statespan.ops import grouped_mlp, quantize_rows
 from statespan.ops.activation import GATED
+from statespan.ops.decode_step import FeedForwardWeights, Projection, Router
 
 SINKHORN_SHARPNESS = 2.0  # BlackMamba balances exp(2 logits)
 SINKHORN_ITERATIONS = 8  # a fixed count compiles; marginals are within 1e-3 for logits of standard deviation 1
@@ -111,6 +113,52 @@ class Experts(nn.Module):
             activation=self.activation,
         )
 
+    def projections(self) -> tuple[Projection, Projection]:
+        """What a decoding step reads."""
+        return Projection(self.up_proj, None, self.up_proj_bias), Projection(self.down_proj, None, self.down_proj_bias)
+
+
+class Int8Experts(nn.Module):
+    """Experts for inference with int8 weights, one scale an output row of each (weight-only, as Int8Linear)."""
+
+    up_proj: Tensor
+    down_proj: Tensor
+    up_scale: Tensor
+    down_scale: Tensor
+    up_proj_bias: Tensor | None
+    down_proj_bias: Tensor | None
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.activation = experts.activation
+        for name in ("up", "down"):
+            weight: Tensor = getattr(experts, f"{name}_proj")
+            bias: Tensor | None = getattr(experts, f"{name}_proj_bias")
+            quantized, scale = quantize_rows(weight.flatten(0, 1))
+            self.register_buffer(f"{name}_proj", quantized.view(weight.shape))
+            self.register_buffer(f"{name}_scale", scale.view(weight.shape[:2]))
+            self.register_buffer(f"{name}_proj_bias", None if bias is None else bias.detach())
+
+    def forward(self, tokens: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
+        """As Experts."""
+        return grouped_mlp(
+            tokens,
+            expert_index,
+            expert_weight,
+            self.up_proj,
+            self.down_proj,
+            self.up_proj_bias,
+            self.down_proj_bias,
+            up_scale=self.up_scale,
+            down_scale=self.down_scale,
+            activation=self.activation,
+        )
+
+    def projections(self) -> tuple[Projection, Projection]:
+        """What a decoding step reads."""
+        up = Projection(self.up_proj, self.up_scale, self.up_proj_bias)
+        return up, Projection(self.down_proj, self.down_scale, self.down_proj_bias)
+
 
 class MoE(nn.Module):
     """Mixture-of-experts feed-forward layer: y_t = sum over the chosen k of p_tk E_k(x_t).
@@ -139,7 +187,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.router = nn.Linear(hidden_size, config.num_experts, bias=config.router_bias)
-        self.experts = Experts(hidden_size, config)
+        self.experts: Experts | Int8Experts = Experts(hidden_size, config)
 
     def forward(self, hidden: Tensor, segments: Tensor | None = None) -> tuple[Tensor, RouterMetrics]:
         """hidden [b t h], segments [b t] (negative: padding) -> (output [b t h], what the router did)."""
@@ -158,6 +206,13 @@ class MoE(nn.Module):
             served = drop_overflow(chosen, self.config.num_experts, self.config.capacity_factor)
         output = self.experts(tokens, served, weight)
         return output.view_as(hidden), RouterMetrics(logits, scores, chosen, served)
+
+    def step_weights(self, norm: RMSNorm) -> FeedForwardWeights:
+        """What a prepared decoding step of h + moe(norm(h)) reads."""
+        config = self.config
+        bias = self.router.bias if config.router_bias else None
+        router = Router(self.router.weight, bias, config.top_k, config.score_function, config.renormalize)
+        return FeedForwardWeights(norm.weight, norm.epsilon, *self.experts.projections(), config.activation, router)
 
     def _logits(self, tokens: Tensor) -> Tensor:
         dtype = torch.promote_types(tokens.dtype, torch.float32)

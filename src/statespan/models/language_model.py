@@ -15,6 +15,7 @@ from statespan.layers.norm import RMSNorm
 from statespan.layers.state import ModelState, State
 from statespan.models.backbone import Backbone, Block
 from statespan.models.config import ModelConfig
+from statespan.models.decoder import Decoder
 from statespan.ops import linear, linear_cross_entropy
 
 
@@ -127,8 +128,7 @@ class LanguageModel(nn.Module):
         if labels is not None:
             loss = self._loss(self._final_norm(hidden), labels, segments)
         elif logits_at != "none":
-            hidden = hidden if logits_at == "all" else last_real(hidden, segments)
-            logits = self._logits(self._final_norm(hidden))
+            logits = self.head(hidden if logits_at == "all" else last_real(hidden, segments))
         return LanguageModelOutput(logits, state, loss, aux_loss, router)
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
@@ -136,7 +136,9 @@ class LanguageModel(nn.Module):
             return self.final_norm(hidden.to(self.final_norm.weight.dtype))
         return self.final_norm(hidden)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
+        """The residual stream [.. h] after the last layer -> logits [.. v]."""
+        hidden = self._final_norm(hidden)
         logits = linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
         return logits[..., : self.config.vocab_size]
 
@@ -164,6 +166,10 @@ class LanguageModel(nn.Module):
                 for block in self.layers
             )
         )
+
+    def decoder(self, batch_size: int) -> Decoder:
+        """A fast form of `model(ids[:, None], state=)` for generation: see Decoder."""
+        return Decoder(self, batch_size)
 
     def save(self, directory: str | Path, format: Literal["statespan", "transformers"] = "statespan") -> None:
         """Write config, safetensors and tokenizer to `directory`; "transformers" writes files that it can load."""

@@ -340,25 +340,35 @@ def _weight_vector(weight, tap, c, count, taps, bf16):
     return load_strided(weight, c * taps + tap, taps, count)
 
 
-def update(item, worker, state, x, weight, bias, y, next_state, channels, taps, x_stride, bf16, weight_bf16, silu):
-    """One token of batch row `item`; weight [d k] as it is."""
-    size = 4 - 2 * bf16
-    row = item * (taps - 1) * channels * size
-    state, next_state = state + row, next_state + row
-    for c in range(0, channels, WIDTH):
-        count = min(channels - c, WIDTH)
+@jit
+def convolve_channels(
+    first, last, state, x, weight, bias, y, next_state, channels, taps, state_bf16, x_bf16, weight_bf16, silu
+):
+    """One token of the channels first .. last - 1 of one batch row, at whose rows the addresses are."""
+    for c in range(first, last, WIDTH):
+        count = min(last - c, WIDTH)
         h = zeros()
         if bias != 0:
             h = load_any(bias, c, count, weight_bf16)
         for i in range(taps - 1):
-            value = load_any(state, i * channels + c, count, bf16)
+            value = load_any(state, i * channels + c, count, state_bf16)
             h = value * _weight_vector(weight, i, c, count, taps, weight_bf16) + h
             if i > 0:
-                store_any(next_state, (i - 1) * channels + c, value, count, bf16)
-        value = load_any(x, item * x_stride + c, count, bf16)
+                store_any(next_state, (i - 1) * channels + c, value, count, state_bf16)
+        value = load_any(x, c, count, x_bf16)
         h = value * _weight_vector(weight, taps - 1, c, count, taps, weight_bf16) + h
         if taps > 1:
-            store_any(next_state, (taps - 2) * channels + c, value, count, bf16)
+            store_any(next_state, (taps - 2) * channels + c, value, count, state_bf16)
         if silu != 0:
             h = fast_silu(h)
-        store_any(y, item * channels + c, h, count, bf16)
+        store_any(y, c, h, count, x_bf16)
+
+
+def update(item, worker, state, x, weight, bias, y, next_state, channels, taps, x_stride, bf16, weight_bf16, silu):
+    """One token of batch row `item`; weight [d k] as it is."""
+    size = 4 - 2 * bf16
+    row = item * (taps - 1) * channels * size
+    convolve_channels(
+        0, channels, state + row, x + item * x_stride * size, weight, bias, y + item * channels * size,
+        next_state + row, channels, taps, bf16, bf16, weight_bf16, silu,
+    )  # fmt: skip

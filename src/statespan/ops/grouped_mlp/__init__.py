@@ -26,6 +26,8 @@ def grouped_mlp(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     activation: str = "swiglu",
     backend: str = "auto",
 ) -> Tensor:
@@ -35,9 +37,11 @@ def grouped_mlp(
         x: [t h], float.
         expert_index: [t k], int64 in [0, e). The experts of each token; -1 is a choice that was dropped.
         expert_weight: [t k], float.
-        up_proj: [e f h], in x.dtype; gated [e 2f h], the gate's rows first.
-        down_proj: [e h f], in x.dtype.
+        up_proj: [e f h], in x.dtype or int8; gated [e 2f h], the gate's rows first.
+        down_proj: [e h f], in x.dtype or int8.
         up_bias, down_bias: [e f] (gated: [e 2f]) and [e h], in x.dtype.
+        up_scale, down_scale: [e f] (gated: [e 2f]) and [e h], float32, for int8 weights only: W = Q * scale; see
+            `quantize_rows`. int8 weights have no gradients, and neither has x through them.
         activation: gated "swiglu" (silu(gate) * up), "geglu" (gelu(gate) * up); plain "silu", "gelu" (exact), "relu".
         backend: "auto", or a name from `statespan backends`; a named backend runs or raises.
 
@@ -73,6 +77,14 @@ def grouped_mlp(
     )
     check_shape(op, "up_bias", up_bias, "[e 2f]" if activation in GATED else "[e f]", (experts, up_size))
     check_shape(op, "down_bias", down_bias, "[e h]", (experts, hidden_size))
+    check_shape(op, "up_scale", up_scale, "[e 2f]" if activation in GATED else "[e f]", (experts, up_size))
+    check_shape(op, "down_scale", down_scale, "[e h]", (experts, hidden_size))
+    int8 = [up_proj.dtype == torch.int8, down_proj.dtype == torch.int8, up_scale is not None, down_scale is not None]
+    if any(int8) and not all(int8):
+        raise UserError(f"{op}: int8 weights need up_scale and down_scale, both, and others take none")
+    if up_scale is not None and down_scale is not None:
+        tensors = (autocast(x), expert_index, expert_weight, up_proj, down_proj, up_bias, down_bias)
+        return _grouped_mlp_int8(*tensors, up_scale, down_scale, activation, backend)
     x, up_proj, down_proj = autocast(x), autocast(up_proj), autocast(down_proj)
     up_bias, down_bias = autocast(up_bias), autocast(down_bias)
     for name, tensor in (
@@ -106,6 +118,26 @@ def _forward(
             y = reference.grouped_mlp(x, expert_index, expert_weight, experts, activation)
             return y, x.new_empty(0, up_proj.shape[1])
         return by_expert.forward(x, expert_index, expert_weight, experts, activation, keep)
+
+
+def _forward_int8(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    up_scale: Tensor,
+    down_scale: Tensor,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    experts = Experts(up_proj, down_proj, up_bias, down_bias, up_scale, down_scale)
+    with torch.autocast(x.device.type, enabled=False):
+        if resolve("grouped_mlp", backend, x.device, x.dtype) == "reference":
+            return reference.grouped_mlp(x, expert_index, expert_weight, experts, activation)
+        return by_expert.forward(x, expert_index, expert_weight, experts, activation, keep=False)[0]
 
 
 def _backward(
@@ -176,4 +208,9 @@ _grouped_mlp_backward = define(
     f"grouped_mlp_backward(Tensor grad_y, Tensor kept, {_TENSORS}, str activation, str backend) -> Tensor[]",
     _backward,
     _fake_backward,
+)
+_grouped_mlp_int8 = define(
+    f"grouped_mlp_int8({_TENSORS}, Tensor up_scale, Tensor down_scale, str activation, str backend) -> Tensor",
+    _forward_int8,
+    lambda x, *_: x.new_empty(x.shape),
 )

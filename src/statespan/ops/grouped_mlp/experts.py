@@ -15,11 +15,22 @@ class Experts:
     down_proj: Tensor
     up_bias: Tensor | None
     down_bias: Tensor | None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
     def up(self, rows: Tensor, expert: int) -> Tensor:
         """[.. h] -> [.. f] (gated: [.. 2f])."""
-        return linear(rows, self.up_proj[expert], None if self.up_bias is None else self.up_bias[expert])
+        return _product(rows, expert, self.up_proj, self.up_bias, self.up_scale)
 
     def down(self, inner: Tensor, expert: int) -> Tensor:
         """[.. f] -> [.. h]."""
-        return linear(inner, self.down_proj[expert], None if self.down_bias is None else self.down_bias[expert])
+        return _product(inner, expert, self.down_proj, self.down_bias, self.down_scale)
+
+
+def _product(x: Tensor, expert: int, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    return linear(
+        x,
+        weight[expert],
+        None if bias is None else bias[expert],
+        scale=None if scale is None else scale[expert],
+    )

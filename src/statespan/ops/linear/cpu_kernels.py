@@ -11,6 +11,7 @@ from statespan.ops.numba_kernels.vector import (
     WIDTH,
     horizontal_sum,
     jit,
+    jit_once,
     load,
     load_any,
     load_first,
@@ -77,7 +78,7 @@ def _dot(row, x, inputs, kind):
 
 
 @jit
-def _dots(row, next_row, x, inputs, kind):
+def _dots(row, next_row, x, x_stride, inputs, kind):
     """The products of two weight rows and four rows of x, so that each load is used more than once."""
     a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
     b0, b1, b2, b3 = zeros(), zeros(), zeros(), zeros()
@@ -85,15 +86,15 @@ def _dots(row, next_row, x, inputs, kind):
         _prefetch(row, i, WIDTH, kind)
         _prefetch(next_row, i, WIDTH, kind)
         u, v = _weights(row, i, kind), _weights(next_row, i, kind)
-        x0, x1 = load(x, i), load(x, inputs + i)
-        x2, x3 = load(x, 2 * inputs + i), load(x, 3 * inputs + i)
+        x0, x1 = load(x, i), load(x, x_stride + i)
+        x2, x3 = load(x, 2 * x_stride + i), load(x, 3 * x_stride + i)
         a0, a1, a2, a3 = u * x0 + a0, u * x1 + a1, u * x2 + a2, u * x3 + a3
         b0, b1, b2, b3 = v * x0 + b0, v * x1 + b1, v * x2 + b2, v * x3 + b3
     if inputs % WIDTH != 0:
         i, count = inputs // WIDTH * WIDTH, inputs % WIDTH
         u, v = _first_weights(row, i, count, kind), _first_weights(next_row, i, count, kind)
-        x0, x1 = load_first(x, i, count), load_first(x, inputs + i, count)
-        x2, x3 = load_first(x, 2 * inputs + i, count), load_first(x, 3 * inputs + i, count)
+        x0, x1 = load_first(x, i, count), load_first(x, x_stride + i, count)
+        x2, x3 = load_first(x, 2 * x_stride + i, count), load_first(x, 3 * x_stride + i, count)
         a0, a1, a2, a3 = u * x0 + a0, u * x1 + a1, u * x2 + a2, u * x3 + a3
         b0, b1, b2, b3 = v * x0 + b0, v * x1 + b1, v * x2 + b2, v * x3 + b3
     return a0, a1, a2, a3, b0, b1, b2, b3
@@ -112,27 +113,47 @@ def _finish(y, index, value, output, scale, bias, y_bf16):
 
 
 @jit
-def _linear(item, x, weight, scale, bias, y, rows, inputs, outputs, outputs_per_item, row_stride, y_bf16, kind):
-    o, last = item * outputs_per_item, min(outputs, (item + 1) * outputs_per_item)
-    step = row_stride * _bytes(kind)
+def products(first, last, x, x_stride, rows, weight, row_stride, inputs, scale, bias, y, y_stride, y_bf16, kind):
+    """y[:, first:last] = (x [rows inputs] W[first:last]^T) * scale + bias; x is float32, `kind` a constant."""
+    o, step = first, row_stride * _bytes(kind)
     while o < last:
         row, pair, r = weight + o * step, min(2, last - o), 0
         while pair == 2 and r + 4 <= rows:
-            sums = _dots(row, row + step, x + r * inputs * 4, inputs, kind)
-            _finish(y, r * outputs + o, horizontal_sum(sums[0]), o, scale, bias, y_bf16)
-            _finish(y, (r + 1) * outputs + o, horizontal_sum(sums[1]), o, scale, bias, y_bf16)
-            _finish(y, (r + 2) * outputs + o, horizontal_sum(sums[2]), o, scale, bias, y_bf16)
-            _finish(y, (r + 3) * outputs + o, horizontal_sum(sums[3]), o, scale, bias, y_bf16)
-            _finish(y, r * outputs + o + 1, horizontal_sum(sums[4]), o + 1, scale, bias, y_bf16)
-            _finish(y, (r + 1) * outputs + o + 1, horizontal_sum(sums[5]), o + 1, scale, bias, y_bf16)
-            _finish(y, (r + 2) * outputs + o + 1, horizontal_sum(sums[6]), o + 1, scale, bias, y_bf16)
-            _finish(y, (r + 3) * outputs + o + 1, horizontal_sum(sums[7]), o + 1, scale, bias, y_bf16)
+            sums = _dots(row, row + step, x + r * x_stride * 4, x_stride, inputs, kind)
+            _finish(y, r * y_stride + o, horizontal_sum(sums[0]), o, scale, bias, y_bf16)
+            _finish(y, (r + 1) * y_stride + o, horizontal_sum(sums[1]), o, scale, bias, y_bf16)
+            _finish(y, (r + 2) * y_stride + o, horizontal_sum(sums[2]), o, scale, bias, y_bf16)
+            _finish(y, (r + 3) * y_stride + o, horizontal_sum(sums[3]), o, scale, bias, y_bf16)
+            _finish(y, r * y_stride + o + 1, horizontal_sum(sums[4]), o + 1, scale, bias, y_bf16)
+            _finish(y, (r + 1) * y_stride + o + 1, horizontal_sum(sums[5]), o + 1, scale, bias, y_bf16)
+            _finish(y, (r + 2) * y_stride + o + 1, horizontal_sum(sums[6]), o + 1, scale, bias, y_bf16)
+            _finish(y, (r + 3) * y_stride + o + 1, horizontal_sum(sums[7]), o + 1, scale, bias, y_bf16)
             r += 4
         for i in range(pair):
             for left in range(r, rows):
-                value = _dot(row + i * step, x + left * inputs * 4, inputs, kind)
-                _finish(y, left * outputs + o + i, value, o + i, scale, bias, y_bf16)
+                value = _dot(row + i * step, x + left * x_stride * 4, inputs, kind)
+                _finish(y, left * y_stride + o + i, value, o + i, scale, bias, y_bf16)
         o += pair
+
+
+@jit_once
+def products_of(first, last, x, x_stride, rows, weight, row_stride, inputs, scale, bias, y, y_stride, y_bf16, kind):
+    """`products` with any `kind`, for kernels that take several."""
+    if kind == INT8:
+        products(first, last, x, x_stride, rows, weight, row_stride, inputs, scale, bias, y, y_stride, y_bf16, INT8)
+    elif kind == BFLOAT16:
+        products(
+            first, last, x, x_stride, rows, weight, row_stride, inputs, scale, bias, y, y_stride, y_bf16, BFLOAT16
+        )  # fmt: skip
+    else:
+        products(first, last, x, x_stride, rows, weight, row_stride, inputs, scale, bias, y, y_stride, y_bf16, FLOAT32)
+
+
+@jit
+def _linear(item, x, weight, scale, bias, y, rows, inputs, outputs, outputs_per_item, row_stride, y_bf16, kind):
+    first = item * outputs_per_item
+    last = min(outputs, first + outputs_per_item)
+    products(first, last, x, inputs, rows, weight, row_stride, inputs, scale, bias, y, outputs, y_bf16, kind)
 
 
 def linear_float32(

@@ -35,11 +35,13 @@ Rules of the house:
 - Branch on flags at run time, outside of the innermost loop, instead of compiling a kernel for each case.
 - Inside kernels nothing may raise or allocate: no `range` with a step that is not a constant, no lists, no arrays.
   Helpers are decorated with `jit` (always inlined); tuples of vectors may be passed around and returned.
-- A kernel module is named `cpu*.py` and takes code only from this package, from its neighbours of such names and from
-  the modules of `ops` itself: a change in those is what makes the cache on the disk compile anew.
+- Work that needs all of an earlier step is a later phase of the same kernel: `phases.wait_until`.
+- A kernel module is named `cpu*.py` and takes code only from this package, from modules of such names beside it or
+  another op, and from the modules of `ops` itself: a change in those is what makes the cache on the disk compile anew.
 - A call costs some microseconds. Give `workers=1` for work of less than about twenty.
 
-`vector.py` holds loads, stores and arithmetic, `special_functions.py` exp, softplus, sigmoid and silu, `host.py` the
+`vector.py` holds loads, stores and arithmetic, `special_functions.py` exp, softplus, sigmoid and silu, `phases.py` the
+wait of one step for another, `host.py` the
 vector width, `threads.py` how items meet PyTorch's threads, `compiler.py` the cache on the disk.
 """
 

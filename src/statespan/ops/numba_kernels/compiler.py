@@ -2,9 +2,9 @@
 
 A kernel becomes one C function `void kernel(int64 *call)`, see `entry.py` for the layout of `call`. Its object code is
 stored under a name made of everything it depends on: the processor, the versions of Numba and llvmlite, and the source
-text of this package, of the files `cpu*.py` beside the kernel, and of the modules of `ops` itself; kernels import from
-nowhere else. So a changed kernel never runs stale code, and a warm start loads the object through llvmlite without
-importing Numba.
+text of this package, of the files `cpu*.py` beside the kernel and beside the kernels it takes code from, and of the
+modules of `ops` itself; kernels import from nowhere else. So a changed kernel never runs stale code, and a warm start
+loads the object through llvmlite without importing Numba.
 """
 
 import contextlib
@@ -14,8 +14,10 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import threading
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ import llvmlite.binding as llvm
 
 from statespan.ops.numba_kernels.host import cpu_features, cpu_name
 
-ARGUMENTS = 8  # word of the call buffer where the kernel's arguments begin; the words before it are the work counters
+# Words of the call buffer, see entry.py: the count of finished items, and where the kernel's arguments begin.
+FINISHED, ARGUMENTS = 2, 8
 
 lock = threading.RLock()  # one thread compiles, the others wait for what it makes
 _engines: list[Any] = []  # loaded code lives as long as the process
@@ -67,21 +70,28 @@ def _cache_path(module: str, function: str, arguments: str) -> Path | None:
     directory = cache_directory()
     if directory is None:
         return None
-    spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, module
     here = Path(__file__).parent
-    sources = {
-        *Path(spec.origin).parent.glob("cpu*.py"),
-        *here.glob("*.py"),
-        *here.parent.glob("*.py"),
-        Path(spec.origin),
-    }
+    sources = {*here.glob("*.py"), *here.parent.glob("*.py"), *_kernel_sources(module)}
     digest = hashlib.sha256()
     for source in sorted(sources):
         digest.update(source.read_bytes())
     versions = f"{version('numba')} {version('llvmlite')} {sys.platform}"
     digest.update(f"{arguments} {cpu_name()} {cpu_features()} {versions}".encode())
     return directory / f"{module.removeprefix('statespan.ops.')}.{function}.{digest.hexdigest()[:16]}.o"
+
+
+@cache
+def _kernel_sources(module: str) -> frozenset[Path]:
+    """The file of a kernel module, its neighbours `cpu*.py`, and those of the kernel modules it imports from."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    origin = Path(spec.origin)
+    sources = {origin, *origin.parent.glob("cpu*.py")}
+    for source in list(sources):
+        for other in re.findall(r"^from (statespan\.ops\.\w+\.cpu\w*) import", source.read_text(), re.MULTILINE):
+            if importlib.util.find_spec(other).origin not in map(str, sources):  # type: ignore[union-attr]  # it is there
+                sources |= _kernel_sources(other)
+    return frozenset(sources)
 
 
 def _store(path: Path, code: bytes) -> None:

@@ -1,8 +1,8 @@
 """The C entry of a kernel: takes work items off a shared counter until none is left. Imported only to compile.
 
-The call buffer is an array of 8-byte words: 0 the next item, 1 the next worker's number, both counted up by all
-threads, 2 the number of items, and from ARGUMENTS on the kernel's int64 arguments, then its float64 ones, which become
-float32.
+The call buffer is an array of 8-byte words: 0 the next item, 1 the next worker's number, 2 the finished items, all
+counted up by all threads, 3 the number of items, and from ARGUMENTS on the kernel's int64 arguments, then its float64
+ones, which become float32.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from statespan.ops.numba_kernels.compiler import ARGUMENTS
+from statespan.ops.numba_kernels.compiler import ARGUMENTS, FINISHED
 from statespan.ops.numba_kernels.vector import F32, I64, jit, typed
 
 
@@ -30,9 +30,14 @@ def _take_worker(builder: Any, call: Any) -> Any:
     return builder.atomic_rmw("add", _word(builder, call, 1), I64(1), "monotonic")
 
 
+@typed(types.void, types.voidptr)
+def _finish_item(builder: Any, call: Any) -> None:
+    builder.atomic_rmw("add", _word(builder, call, FINISHED), I64(1), "release")
+
+
 @typed(types.int64, types.voidptr)
 def _num_items(builder: Any, call: Any) -> Any:
-    return builder.load(_word(builder, call, 2))
+    return builder.load(_word(builder, call, 3))
 
 
 def _arguments(num_ints: int, num_floats: int) -> Any:
@@ -64,6 +69,7 @@ def entry_point(kernel: Any, num_ints: int, num_floats: int) -> Any:
         item = _take_item(call)
         while item < _num_items(call):
             body(item, worker, *arguments(call))
+            _finish_item(call)
             item = _take_item(call)
 
     return entry

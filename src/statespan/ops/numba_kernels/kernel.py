@@ -2,12 +2,15 @@
 
 import ctypes
 import struct
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from statespan.ops.numba_kernels import compiler, threads
+
+PreparedCall = Callable[..., None]
 
 
 class Kernel:
@@ -16,15 +19,17 @@ class Kernel:
     Args:
         module: Full name of the module that defines the function; it is imported only to compile.
         function: Its name there.
-        ints: Names of the int64 arguments: addresses (given as tensors or None), sizes, strides, flags.
+        ints: Names of the int64 arguments: addresses (given as tensors or None), sizes, strides, flags. Where the first
+            is `finished`, the kernel has phases (see `phases.py`) and gets it without being given.
         floats: Names of the float32 arguments, which follow the ints.
     """
 
     def __init__(self, module: str, function: str, ints: str, floats: str = "") -> None:
         self.module, self.function = module, function
         self.ints, self.floats = tuple(ints.split()), tuple(floats.split())
-        self._names = self.ints + self.floats
-        self._layout = struct.Struct("=3q40x" + "q" * len(self.ints) + "d" * len(self.floats))
+        self._phased = self.ints[0] == "finished"
+        self._names = self.ints[self._phased :] + self.floats
+        self._layout = struct.Struct("=4q32x" + "q" * len(self.ints) + "d" * len(self.floats))
         self._buffer = ctypes.c_char * self._layout.size
         self._entry: Any = None
         self._address = 0
@@ -48,8 +53,26 @@ class Kernel:
         if self._entry is None:
             self.compile()
         call = self._buffer()
-        self._layout.pack_into(call, 0, 0, 0, num_items, *words)
+        if self._phased:
+            words = (ctypes.addressof(call) + 8 * compiler.FINISHED, *words)
+        self._layout.pack_into(call, 0, 0, 0, 0, num_items, *words)
         threads.run(cast(threads.Entry, self._entry), self._address, call, workers)
+
+    def prepare(self, num_items: int, workers: int, num_varying: int, *words: float) -> PreparedCall:
+        """A call whose first `num_varying` arguments are given each time, the others (`words`) now."""
+        if self._entry is None:
+            self.compile()
+        call = self._buffer()
+        head = (ctypes.addressof(call) + 8 * compiler.FINISHED,) if self._phased else ()
+        self._layout.pack_into(call, 0, 0, 0, 0, num_items, *head, *[0] * num_varying, *words)
+        changing = struct.Struct("=4q32x" + "q" * (len(head) + num_varying))
+        entry = cast(threads.Entry, self._entry)
+
+        def run(*addresses: int) -> None:
+            changing.pack_into(call, 0, 0, 0, 0, num_items, *head, *addresses)
+            threads.run(entry, self._address, call, workers)
+
+        return run
 
     def compile(self) -> None:
         """Compile now, or load from the disk, what the first call would."""

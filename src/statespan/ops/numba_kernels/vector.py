@@ -38,6 +38,12 @@ def jit(function: Any) -> Any:
     return njit(error_model="numpy", forceinline=True, **options)(function)
 
 
+def jit_once(function: Any) -> Any:
+    """As `jit`, but compiled once and called: for long helpers that a kernel uses in several places."""
+    options: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return njit(error_model="numpy", **options)(function)
+
+
 class VectorType(types.Type):
     """The Numba type of a vector."""
 

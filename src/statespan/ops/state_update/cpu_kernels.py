@@ -48,16 +48,15 @@ def _discretize(dt, A, discretization):
     return (half + 1.0) * inverse, dt * inverse
 
 
-def selective_state_update(
-    item, worker, state, u, dt, A, B, C, D, z, dt_bias, y, next_state, channels, states, groups, channels_per_item,
-    u_stride, dt_stride, B_stride, B_group_stride, C_stride, C_group_stride, z_stride, u_bf16, dt_bf16, B_bf16, C_bf16,
-    z_bf16, dt_softplus, discretization,
+@jit
+def update_channels(
+    batch, first, last, state, u, dt, A, B, C, D, z, dt_bias, y, next_state, channels, states, groups, u_stride,
+    dt_stride, B_stride, B_group_stride, C_stride, C_group_stride, z_stride, u_bf16, dt_bf16, B_bf16, C_bf16, z_bf16,
+    y_bf16, dt_softplus, discretization,
 ):  # fmt: skip
-    """A block of channels of one batch row. The lanes are states, and channels where there is one value for each."""
-    items = (channels + channels_per_item - 1) // channels_per_item
-    batch, first = item // items, item % items * channels_per_item
-    for c in range(first, min(channels, first + channels_per_item), WIDTH):
-        count = min(WIDTH, channels - c)
+    """The channels first .. last - 1 of one batch row. Lanes are states, and channels where each has one value."""
+    for c in range(first, last, WIDTH):
+        count = min(WIDTH, last - c)
         steps = load_any(dt, batch * dt_stride + c, count, dt_bf16)
         if dt_bias != 0:
             steps = steps + load_any(dt_bias, c, count, 0)
@@ -83,16 +82,32 @@ def selective_state_update(
             sums = load_any(D, c, count, 0) * load_any(u, batch * u_stride + c, count, u_bf16) + sums
         if z != 0:
             sums = sums * fast_silu(load_any(z, batch * z_stride + c, count, z_bf16))
-        store_any(y, batch * channels + c, sums, count, u_bf16)
+        store_any(y, batch * channels + c, sums, count, y_bf16)
 
 
-def ssd_state_update(
-    item, worker, state, x, dt, A, B, C, D, dt_bias, y, next_state, heads, head_dim, states, groups, x_stride,
-    dt_stride, B_stride, B_group_stride, C_stride, C_group_stride, D_stride, D_dim_stride, x_bf16, dt_bf16, B_bf16,
-    C_bf16, dt_softplus, discretization, dt_min, dt_max,
+def selective_state_update(
+    item, worker, state, u, dt, A, B, C, D, z, dt_bias, y, next_state, channels, states, groups, channels_per_item,
+    u_stride, dt_stride, B_stride, B_group_stride, C_stride, C_group_stride, z_stride, u_bf16, dt_bf16, B_bf16, C_bf16,
+    z_bf16, dt_softplus, discretization,
+):  # fmt: skip
+    """A block of channels of one batch row."""
+    items = (channels + channels_per_item - 1) // channels_per_item
+    batch, first = item // items, item % items * channels_per_item
+    update_channels(
+        batch, first, min(channels, first + channels_per_item), state, u, dt, A, B, C, D, z, dt_bias, y, next_state,
+        channels, states, groups, u_stride, dt_stride, B_stride, B_group_stride, C_stride, C_group_stride, z_stride,
+        u_bf16, dt_bf16, B_bf16, C_bf16, z_bf16, u_bf16, dt_softplus, discretization,
+    )  # fmt: skip
+
+
+@jit
+def update_head(
+    batch, head, state, x, dt, A, B, C, D, dt_bias, y, next_state, heads, head_dim, states, groups, x_stride, dt_stride,
+    B_stride, B_group_stride, C_stride, C_group_stride, D_stride, D_dim_stride, x_bf16, dt_bf16, B_bf16, C_bf16,
+    dt_softplus, discretization, dt_min, dt_max,
 ):  # fmt: skip
     """One head of one batch row. The lanes are states."""
-    batch, head = item // heads, item % heads
+    item = batch * heads + head
     group = head * groups // heads
     B_row, C_row = batch * B_stride + group * B_group_stride, batch * C_stride + group * C_group_stride
     step = broadcast(_scalar(dt, batch * dt_stride + head, dt_bf16))
@@ -119,3 +134,16 @@ def ssd_state_update(
             store_scalar_bf16(y, item * head_dim + p, result)
         else:
             store_scalar(y, item * head_dim + p, result)
+
+
+def ssd_state_update(
+    item, worker, state, x, dt, A, B, C, D, dt_bias, y, next_state, heads, head_dim, states, groups, x_stride,
+    dt_stride, B_stride, B_group_stride, C_stride, C_group_stride, D_stride, D_dim_stride, x_bf16, dt_bf16, B_bf16,
+    C_bf16, dt_softplus, discretization, dt_min, dt_max,
+):  # fmt: skip
+    """One head of one batch row."""
+    update_head(
+        item // heads, item % heads, state, x, dt, A, B, C, D, dt_bias, y, next_state, heads, head_dim, states, groups,
+        x_stride, dt_stride, B_stride, B_group_stride, C_stride, C_group_stride, D_stride, D_dim_stride, x_bf16,
+        dt_bf16, B_bf16, C_bf16, dt_softplus, discretization, dt_min, dt_max,
+    )  # fmt: skip

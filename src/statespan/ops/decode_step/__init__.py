@@ -1,0 +1,52 @@
+"""One token through half a block, h + f(RMSNorm(h)), prepared once and then called at the least cost.
+
+Decoding at batch 1 is bound by reading weights and by what happens around that; the parts of a mixer as ops of their
+own cost a call and a wait each. `prepare` looks up once what never changes between tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from statespan.ops.decode_step.weights import FeedForwardWeights, Mamba1Weights, Mamba2Weights, Projection, Router
+from statespan.ops.dispatch import resolve
+
+__all__ = ["FeedForwardWeights", "Mamba1Weights", "Mamba2Weights", "Projection", "Router", "prepare"]
+
+OPS = {Mamba1Weights: "mamba1_step", Mamba2Weights: "mamba2_step", FeedForwardWeights: "feed_forward_step"}
+
+
+def prepare(
+    weights: Mamba1Weights | Mamba2Weights | FeedForwardWeights,
+    num_rows: int,
+    hidden_dtype: torch.dtype,
+    conv_dtype: torch.dtype,
+) -> Callable[..., Any] | None:
+    """A prepared step for batches of `num_rows`, or None where no backend beats the layer's own forward.
+
+    Args:
+        weights: of a mixer or a feed-forward layer, and of the norm before it.
+        num_rows: b.
+        hidden_dtype: of the residual stream.
+        conv_dtype: of a mixer's conv_state.
+
+    Returns:
+        For a mixer `step(hidden [b h], conv_state [b k-1 c], ssm_state) -> (hidden, conv_state, ssm_state)`, for a
+        feed-forward layer `step(hidden) -> hidden`. Inputs are left as they are. Not differentiable, and not for two
+        threads at once: a step owns its scratch memory. It reads the weights where they were when it was prepared.
+
+    Numerics: what passes between the parts is float32, whatever the weights are; it is not rounded on the way.
+    """
+    device = weights.norm.device
+    if resolve(OPS[type(weights)], "auto", device, hidden_dtype, conv_dtype) != "cpu":
+        return None
+    from statespan.ops.decode_step import cpu  # loads compiled kernels, so imported when it runs
+
+    match weights:
+        case Mamba1Weights():
+            return cpu.mamba1(weights, num_rows, hidden_dtype, conv_dtype)
+        case Mamba2Weights():
+            return cpu.mamba2(weights, num_rows, hidden_dtype, conv_dtype)
+        case FeedForwardWeights():
+            return cpu.feed_forward(weights, num_rows, hidden_dtype)

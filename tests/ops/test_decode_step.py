@@ -1,0 +1,201 @@
+"""Prepared decoding steps against the same half of a block in float64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from statespan.layers.config import Mamba1Config, Mamba2Config, MLPConfig, MoEConfig
+from statespan.layers.linear import Int8Linear, Linear
+from statespan.layers.mamba1 import Mamba1
+from statespan.layers.mamba2 import Mamba2
+from statespan.layers.mlp import MLP
+from statespan.layers.moe import Experts, Int8Experts, MoE
+from statespan.layers.norm import RMSNorm
+from statespan.layers.state import SSMState
+from statespan.ops.decode_step import prepare
+
+LIMIT = {"float32": 3e-6, "int8": 3e-6, "bfloat16": 2**-8}  # of the largest value; bfloat16 rounds what comes out
+KINDS = ("float32", "bfloat16", "int8")
+HIDDEN = 24
+MAMBA1 = {
+    "plain": Mamba1Config(state_size=16),
+    "odd": Mamba1Config(state_size=5, conv_kernel=3, dt_rank=3, proj_bias=True, conv_bias=False),
+    "inner norms": Mamba1Config(state_size=8, inner_norms=True, dt_rank=20),
+    "one tap, zoh": Mamba1Config(state_size=33, conv_kernel=1, discretization="zoh"),
+    "bilinear, many channels": Mamba1Config(expand=6, discretization="bilinear", inner_norms=True),
+}
+MAMBA2 = {
+    "plain": Mamba2Config(state_size=16, head_dim=8),
+    "groups": Mamba2Config(state_size=7, head_dim=4, num_groups=3, proj_bias=True, norm_before_gate=True),
+    "norm groups, odd head": Mamba2Config(state_size=5, head_dim=3, num_groups=2, norm_groups=8, conv_bias=False),
+    "gate alone, dt limit": Mamba2Config(state_size=16, head_dim=16, gated_norm=False, dt_limit=(0.01, 0.02)),
+    "bilinear": Mamba2Config(state_size=20, head_dim=8, discretization="bilinear", conv_kernel=2),
+}
+FEED_FORWARD = {
+    "swiglu": MLPConfig(intermediate_size=40),
+    "relu, bias": MLPConfig(intermediate_size=37, activation="relu", bias=True),
+    "silu": MLPConfig(intermediate_size=16, activation="silu"),
+    "experts": MoEConfig(num_experts=5, top_k=2, intermediate_size=19),
+    "renormalised": MoEConfig(num_experts=8, top_k=3, intermediate_size=16, renormalize=True, bias=True),
+    "sigmoid": MoEConfig(
+        num_experts=4, top_k=1, intermediate_size=33, score_function="sigmoid", router_bias=True, activation="relu"
+    ),
+}
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """Every parameter with values that matter: no zeros of biases, no ones of norms."""
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0))
+            if name.endswith("A_log"):
+                parameter.copy_(torch.rand_like(parameter) * 2)
+    return module
+
+
+def in_kind(module: nn.Module, kind: str) -> nn.Module:
+    """The module in a number format. Nothing is quantised twice, so `exact` can undo it."""
+    if kind == "float32":
+        return module
+    module = module.to(torch.bfloat16)
+    if kind == "int8":
+        for parent in list(module.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, Linear):
+                    setattr(parent, name, Int8Linear(child.weight, child.bias))
+                elif isinstance(child, Experts):
+                    setattr(parent, name, Int8Experts(child))
+    return module
+
+
+def exact(module: nn.Module) -> nn.Module:
+    """The same numbers in float64, int8 weights multiplied out."""
+    module = copy.deepcopy(module)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Int8Linear):
+                linear = Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                linear.weight = nn.Parameter(child.weight.double() * child.scale.double()[:, None])
+                if child.bias is not None:
+                    linear.bias = nn.Parameter(child.bias.double())
+                setattr(parent, name, linear)
+            elif isinstance(child, Int8Experts):
+                for part in ("up", "down"):
+                    weight, scale = getattr(child, f"{part}_proj"), getattr(child, f"{part}_scale")
+                    setattr(child, f"{part}_proj", weight.double() * scale.double()[..., None])
+                    bias = getattr(child, f"{part}_proj_bias")
+                    setattr(child, f"{part}_proj_bias", None if bias is None else bias.double())
+                    setattr(child, f"{part}_scale", None)
+    return module.double()
+
+
+def error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def built(layer: nn.Module, kind: str) -> tuple[nn.Module, RMSNorm]:
+    pair = nn.ModuleList([layer, RMSNorm(HIDDEN, 1e-5)])
+    layer, norm = in_kind(randomized(pair), kind).requires_grad_(False).eval()
+    assert isinstance(norm, RMSNorm)
+    return layer, norm
+
+
+def check_mixer(layer, norm, rows, kind, stream=None):
+    dtype = norm.weight.dtype
+    stream = stream or dtype
+    hidden = torch.randn(rows, HIDDEN).to(stream)
+    empty = layer.new_state(rows, torch.device("cpu"), dtype)
+    state = SSMState(torch.randn(empty.conv.shape).to(dtype), torch.randn(empty.ssm.shape))
+    step = prepare(layer.step_weights(norm), rows, stream, dtype)
+    assert step is not None
+    before = state.clone()
+    found = step(hidden, state.conv, state.ssm)
+    assert torch.equal(state.conv, before.conv) and torch.equal(state.ssm, before.ssm)
+    layer64, norm64 = exact(layer), exact(norm)
+    mixed, after = layer64(norm64(hidden.double()[:, None]), SSMState(state.conv.double(), state.ssm.double()))
+    assert error(found[0], hidden.double() + mixed[:, 0]) < LIMIT[kind if stream == dtype else "float32"]
+    assert state.conv.numel() == 0 or error(found[1], after.conv) < LIMIT["bfloat16" if kind == "int8" else kind]
+    assert error(found[2], after.ssm) < LIMIT["float32"]
+    again = step(*found)  # scratch memory of the first call is in the second's way, if anywhere
+    mixed, _ = layer64(norm64(found[0].double()[:, None]), SSMState(found[1].double(), found[2].double()))
+    assert error(again[0], found[0].double() + mixed[:, 0]) < LIMIT[kind if stream == dtype else "float32"]
+
+
+def bfloat16_limits(kind: str) -> str:
+    return "bfloat16" if kind != "float32" else kind
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MAMBA1)
+def test_mamba1_equals_float64(name, kind, rows):
+    torch.manual_seed(0)
+    layer, norm = built(Mamba1(HIDDEN, MAMBA1[name]), kind)
+    check_mixer(layer, norm, rows, bfloat16_limits(kind))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MAMBA2)
+def test_mamba2_equals_float64(name, kind, rows):
+    torch.manual_seed(1)
+    layer, norm = built(Mamba2(HIDDEN, MAMBA2[name]), kind)
+    check_mixer(layer, norm, rows, bfloat16_limits(kind))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_more_rows(rows):
+    torch.manual_seed(2)
+    check_mixer(*built(Mamba1(HIDDEN, MAMBA1["inner norms"]), "float32"), rows, "float32")
+    check_mixer(*built(Mamba2(HIDDEN, MAMBA2["groups"]), "float32"), rows, "float32")
+
+
+def test_a_float32_residual_stream_is_not_rounded():
+    torch.manual_seed(3)
+    check_mixer(*built(Mamba1(HIDDEN, MAMBA1["plain"]), "bfloat16"), 2, "bfloat16", stream=torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FEED_FORWARD)
+def test_feed_forward_equals_float64(name, kind, rows):
+    torch.manual_seed(4)
+    config = FEED_FORWARD[name]
+    layer, norm = built((MLP if isinstance(config, MLPConfig) else MoE)(HIDDEN, config), kind)
+    hidden = torch.randn(rows, HIDDEN).to(norm.weight.dtype)
+    step = prepare(layer.step_weights(norm), rows, hidden.dtype, hidden.dtype)
+    assert step is not None
+    layer64, norm64 = exact(layer), exact(norm)
+    truth = hidden.double() + layer64(norm64(hidden.double()[:, None]))[0][:, 0]
+    assert error(step(hidden), truth) < LIMIT[bfloat16_limits(kind)]
+    assert torch.equal(step(hidden), step(hidden))
+
+
+def test_two_threads_and_one_agree():
+    torch.manual_seed(5)
+    layer = randomized(Mamba1(512, Mamba1Config(inner_norms=True))).requires_grad_(False)
+    norm = RMSNorm(512, 1e-5)
+    hidden, state = torch.randn(2, 512), layer.new_state(2, torch.device("cpu"), torch.float32)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        step = prepare(layer.step_weights(norm), 2, torch.float32, torch.float32)
+        assert step is not None
+        results.append([step(hidden, state.conv, state.ssm) for _ in range(20)])
+    torch.set_num_threads(1)
+    for one, two in zip(results[0], results[1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_no_step_where_the_kernels_cannot_run():
+    norm = RMSNorm(HIDDEN, 1e-5)
+    mixer, mlp = Mamba1(HIDDEN, MAMBA1["plain"]), MLP(HIDDEN, MLPConfig(intermediate_size=8, activation="gelu"))
+    assert prepare(mixer.step_weights(norm), 9, torch.float32, torch.float32) is None  # many rows
+    assert prepare(mlp.step_weights(norm), 1, torch.float32, torch.float32) is None  # the exact GELU
+    double = copy.deepcopy(mixer).double()
+    assert prepare(double.step_weights(norm), 1, torch.float64, torch.float64) is None
+    mixed = copy.deepcopy(mixer)
+    mixed.in_proj.to(torch.bfloat16)
+    assert prepare(mixed.step_weights(norm), 1, torch.float32, torch.float32) is None
