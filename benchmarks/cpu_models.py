@@ -23,6 +23,7 @@ from statespan.layers.config import AttentionConfig, Mamba1Config, MLPConfig, Mo
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
 from statespan.models.layer_pattern import pattern_from_periods
+from statespan.training.allocator import keep_freed_memory
 
 JAMBA = ModelConfig(
     vocab_size=4096,
@@ -143,7 +144,8 @@ def training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], auto
 
 
 def train_rows(repetitions: int) -> list[Row]:
-    """One training step of Mamba-130m on 2 x 512 tokens."""
+    """One training step of Mamba-130m on 2 x 512 tokens; memory is kept between steps, as `statespan train` does."""
+    keep_freed_memory()
     ids, task, rows = torch.randint(0, 4000, (2, 512)), "mamba-130m, training step 2 x 512", []
     model = statespan.build("mamba-130m", seed=0)
 

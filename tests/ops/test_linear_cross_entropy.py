@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from statespan.errors import UserError
-from statespan.ops.linear_cross_entropy import chunked, linear_cross_entropy
+from statespan.ops.linear_cross_entropy import chunked, cpu, linear_cross_entropy
 
+GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 BACKENDS = ["torch", "reference"]
 
 
@@ -125,6 +126,36 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients() -> None:
         assert torch.equal(a, e.float())
 
 
+@pytest.mark.parametrize("backend", ["torch", *(GPU or ["cpu"])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("valid", [None, 5003])
+def test_error_is_that_of_plain_pytorch(
+    backend: str, dtype: torch.dtype, reduction: str, valid: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several chunks and a vocabulary of odd size, by the error of plain PyTorch in the same dtype."""
+    monkeypatch.setattr(chunked, "LOGIT_BYTES", 5056 * 4 * 130)
+    inputs = [value.to(dtype).detach().requires_grad_() for value in problem(700, 64, 5009)[:2]]
+    labels = torch.randint(0, 5003, (700,))
+    labels[::7] = -100
+    options = {"reduction": reduction, "valid_vocab_size": valid}
+    wide = [value.detach().double().requires_grad_() for value in inputs]
+    losses = [
+        linear_cross_entropy(*inputs, labels, backend=backend, **options),
+        F.cross_entropy((inputs[0] @ inputs[1].T)[:, :valid].float(), labels, reduction=reduction),
+        F.cross_entropy((wide[0] @ wide[1].T)[:, :valid], labels, reduction=reduction),
+    ]
+    assert losses[0].dtype == torch.float32
+    upstream = torch.randn(losses[0].shape)
+    found = [
+        [loss, *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
+        for loss, leaves in zip(losses, (inputs, inputs, wide), strict=True)
+    ]
+    for ours, plain, exact in zip(*found, strict=True):
+        floor = 2e-7 * exact.norm()
+        assert (ours.double() - exact).norm() <= 1.3 * (plain.double() - exact).norm() + floor
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes alive at once in storages that operations made."""
 
@@ -170,7 +201,33 @@ def test_other_gradients_flow_on() -> None:
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [1, 3, 16, 17, 32, 50])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_cpu_kernel_at_any_size(vocab: int, tokens: int) -> None:
+    torch.manual_seed(vocab)
+    logits, labels = 5 * torch.randn(tokens, vocab + 3), torch.randint(0, vocab, (tokens,))
+    leaf, scale = logits[:, :vocab].double().requires_grad_(), torch.rand(tokens)
+    expected = F.cross_entropy(leaf, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(expected, leaf, scale.double())
+    kept = logits.clone()
+    for scales, factor in ((None, 1 / scale), (scale, torch.ones(tokens))):
+        rows = kept.clone()
+        found = cpu.losses_and_gradients(rows[:, :vocab], labels, scales, True)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rows[:, :vocab].double(), gradient * factor[:, None], rtol=1e-6, atol=1e-6)
+        assert torch.equal(rows[:, vocab:], kept[:, vocab:])
+    assert torch.equal(cpu.losses_and_gradients(kept[:, :vocab], labels, None, False), found)
+    assert torch.equal(kept, logits)
+
+
+def test_logits_that_are_not_finite_give_a_loss_that_is_not() -> None:
+    for value in (float("nan"), float("inf")):
+        logits = torch.randn(1, 40)
+        logits[0, 7] = value
+        assert not cpu.losses_and_gradients(logits, torch.tensor([3]), None, False).isfinite()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("valid", [50, 44])
 def test_opcheck(backend: str, reduction: str, valid: int) -> None:
@@ -182,9 +239,10 @@ def test_opcheck(backend: str, reduction: str, valid: int) -> None:
 
 
 @pytest.mark.usefixtures("seven_tokens_a_chunk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_a_graph_break(reduction: str) -> None:
-    hidden, weight, labels = problem()
+def test_compiles_without_a_graph_break(reduction: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem(dtype=dtype)
 
     def run(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
         return linear_cross_entropy(h.tanh(), w, labels, reduction=reduction).sin().sum()

@@ -13,6 +13,7 @@ from statespan.errors import NonFiniteLoss, UserError
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import Tokenizer
+from statespan.training.allocator import keep_freed_memory
 from statespan.training.config import TrainingConfig
 from statespan.training.data import Corpus, load_data, load_tokenizer
 from statespan.training.evaluation import EvaluationResult, evaluate
@@ -197,6 +198,8 @@ def sample(corpus: Corpus, max_bytes: int) -> Corpus:
 def _trainer(config: TrainingConfig, corpus: Corpus, tokenizer: Tokenizer, last: Path | None) -> Trainer:
     """The trainer at its first step, or as it was at the checkpoint `last`."""
     device = torch.device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if last is None:
         model = build(_with_tokenizer(config.model, tokenizer), seed=config.run.seed, device=device)
         model.tokenizer = tokenizer

@@ -1,16 +1,18 @@
 """Cross entropy of a linear head, without ever holding all its logits."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from statespan.errors import UserError
 from statespan.ops.arguments import check_dim, check_name, check_shape, needs_gradients
 from statespan.ops.autocast import autocast
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
-from statespan.ops.linear_cross_entropy import chunked, reference
+from statespan.ops.linear_cross_entropy import chunked, in_place, reference
 
 __all__ = ["linear_cross_entropy"]
 
@@ -96,6 +98,24 @@ def _gradients_wait(reduction: str, backend: str) -> bool:
     return reduction == "none" or backend == "reference"
 
 
+def _mean_at_once(reduction: str, name: str) -> bool:
+    """Whether the kernel divides by the count: its own pass over the weight's gradient shows on a CPU."""
+    return reduction == "mean" and name == "cpu"
+
+
+def _losses_and_gradients(name: str) -> Any:
+    """The chunked form of a backend; all take the same arguments."""
+    if name == "torch":
+        return chunked.losses_and_gradients
+    if name == "cpu":
+        from statespan.ops.linear_cross_entropy import cpu  # loads compiled kernels, so imported when it runs
+
+        return partial(in_place.losses_and_gradients, cpu.losses_and_gradients)
+    from statespan.ops.linear_cross_entropy import triton_backend  # imports Triton, so imported when it runs
+
+    return triton_backend.losses_and_gradients
+
+
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -109,12 +129,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_labels(labels[labels != ignore_index], valid)
     with torch.autocast(hidden.device.type, enabled=False):
-        if resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype) == "reference":
+        name = resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype)
+        if name == "reference":
             loss = reference.linear_cross_entropy(hidden, weight, labels, ignore_index, reduction, valid)
             return loss, hidden.new_empty(0), weight.new_empty(0)
-        now = not _gradients_wait(reduction, backend)
-        losses, grad_hidden, grad_weight = chunked.losses_and_gradients(
-            hidden, weight, labels, ignore_index, valid, None, now and need_hidden, now and need_weight
+        now, scale = not _gradients_wait(reduction, backend), None
+        if _mean_at_once(reduction, name):
+            scale = labels.new_ones(labels.shape, dtype=torch.float32) / _count(labels, ignore_index)
+        losses, grad_hidden, grad_weight = _losses_and_gradients(name)(
+            hidden, weight, labels, ignore_index, valid, scale, now and need_hidden, now and need_weight
         )
     if reduction != "none":
         losses = losses.sum() / (1 if reduction == "sum" else _count(labels, ignore_index))
@@ -134,8 +157,9 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
-        if resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype) != "reference":
-            return chunked.losses_and_gradients(
+        name = resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype)
+        if name != "reference":
+            return _losses_and_gradients(name)(
                 hidden, weight, labels, ignore_index, valid, grad_loss, need_hidden, need_weight
             )[1:]
         found = gradients(
@@ -194,8 +218,11 @@ def _autograd(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...
         found = _linear_cross_entropy_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
     else:
         *found, labels = ctx.saved_tensors
-        scale = grad_loss / _count(labels, ignore_index) if reduction == "mean" else grad_loss
-        found = [gradient * scale for gradient in found]
+        name = resolve("linear_cross_entropy", backend, found[0].device, found[0].dtype)
+        divide = reduction == "mean" and not _mean_at_once(reduction, name)
+        scale = grad_loss / _count(labels, ignore_index) if divide else grad_loss
+        if name != "cpu" or is_in_torch_dispatch_mode() or scale != 1:  # a traced tensor has no value
+            found = [gradient * scale for gradient in found]
     return (found[0] if need_hidden else None, found[1] if need_weight else None, None, *[None] * len(ctx.options))
 
 

@@ -382,6 +382,12 @@ def horizontal_sum(builder: Any, x: Any) -> Any:
     return call_llvm(builder, f"llvm.vector.reduce.fadd.v{WIDTH}f32", F32, F32(0.0), x, fastmath=("reassoc",))
 
 
+@typed(types.float32, VECTOR)
+def horizontal_max(builder: Any, x: Any) -> Any:
+    """The largest lane; NaNs do not count."""
+    return call_llvm(builder, f"llvm.vector.reduce.fmax.v{WIDTH}f32", F32, x)
+
+
 @typed(VECTOR, types.int64)
 def sums_of_vectors(builder: Any, address: Any) -> Any:
     """Lane i is the sum over vector i of the WIDTH vectors at `address`: a transpose and a sum in one."""

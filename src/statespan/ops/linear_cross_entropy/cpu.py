@@ -1,0 +1,31 @@
+"""Cross entropy of a linear head on the CPU: a chunk's logits become their gradient where they lie."""
+
+import torch
+from torch import Tensor
+
+from statespan.ops.numba_kernels import Kernel
+
+_kernel = Kernel(
+    "statespan.ops.linear_cross_entropy.cpu_kernels",
+    "losses_and_gradients",
+    "logits labels scale sums differences vocab_size row_stride gradients bf16",
+)
+
+
+def losses_and_gradients(logits: Tensor, labels: Tensor, scale: Tensor | None, gradients: bool) -> Tensor:
+    """See `in_place.ChunkKernel`."""
+    rows, vocab_size = logits.shape
+    sums, differences = torch.empty(rows), torch.empty(rows)
+    _kernel(
+        rows,
+        logits=logits,
+        labels=labels.contiguous(),
+        scale=None if scale is None else scale.to(torch.float32).contiguous(),
+        sums=sums,
+        differences=differences,
+        vocab_size=vocab_size,
+        row_stride=logits.stride(0),
+        gradients=gradients,
+        bf16=logits.dtype is torch.bfloat16,
+    )
+    return sums.log_().add_(differences)
