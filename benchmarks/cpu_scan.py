@@ -1,8 +1,8 @@
-"""The Mamba-1 scan alone on the CPU, beside mambapy's parallel scan and Hugging Face's loop.
+"""The Mamba-1 scan alone on the CPU, beside mambapy's parallel scan, Hugging Face's loop, and C++ with intrinsics.
 
     python -m benchmarks.cpu_scan [--length 2048] [--channels 1536] [--states 16]
 
-mambapy is compared when it can be imported.
+mambapy is compared when it can be imported, C++ where there is g++ and AVX-512.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.cpp_scan import CppScan, available
 from benchmarks.record import Row, report
 from benchmarks.timing import time_in_turns
 from statespan.ops import selective_scan
@@ -67,6 +68,18 @@ def loop(x: Inputs) -> Tensor:
     return _finish(x, torch.stack(outputs, dim=1))
 
 
+def check(cpp: CppScan, x: Inputs, plain: Inputs, grad_y: Tensor) -> None:
+    """C++ computes what we do, gradients included."""
+    y = ours(x)
+    torch.testing.assert_close(cpp.forward(plain)[0], y, rtol=1e-4, atol=1e-4)
+    found = cpp.forward_backward(plain, grad_y)
+    for (name, _), gradient in zip(x.items(), torch.autograd.grad(y, list(x.values()), grad_y), strict=True):
+        limit = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-4, atol=limit, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
 def measure(length: int, channels: int, states: int) -> list[Row]:
     """Rows for forward, and for forward with backward."""
     x = random_inputs(length, channels, states, torch.float32)
@@ -78,7 +91,8 @@ def measure(length: int, channels: int, states: int) -> list[Row]:
     if find_spec("mambapy") is not None:
         systems["mambapy"] = lambda: mambapy(x)
         torch.testing.assert_close(ours(x), mambapy(x), rtol=1e-3, atol=1e-3)
-    task, rows = f"1 x {length} x {channels}, N = {states}", []
+    task, rows = f"1 x {length} x {channels}, N = {states}", list[Row]()
+    grad_y = torch.randn_like(x["u"])
 
     def forward(run: Callable[[], Tensor]) -> Callable[[], object]:
         def call() -> None:
@@ -87,10 +101,23 @@ def measure(length: int, channels: int, states: int) -> list[Row]:
 
         return call
 
+    def forward_backward(run: Callable[[], Tensor]) -> Callable[[], object]:
+        def call() -> None:
+            y = run()
+            leaves = list((x if y.dtype == torch.float32 else half).values())
+            torch.autograd.grad(y, leaves, grad_y.to(y.dtype))
+
+        return call
+
     forwards = {name: forward(run) for name, run in systems.items()} | {"loop": forward(lambda: loop(x))}
+    both = {name: forward_backward(run) for name, run in systems.items()}
+    if available(channels, states):
+        cpp, plain = CppScan(), {name: tensor.detach() for name, tensor in x.items()}
+        check(cpp, x, plain, grad_y)
+        forwards["C++ AVX-512 float32"] = lambda: cpp.forward(plain)
+        both["C++ AVX-512 float32"] = lambda: cpp.forward_backward(plain, grad_y)
     for name, timing in time_in_turns(forwards, repetitions=15).items():
         rows.append(Row(f"scan forward, {task}", name, timing.median_s * 1e3, "ms", timing.spread))
-    both = {name: (lambda run=run: run().sum().backward()) for name, run in systems.items()}
     for name, timing in time_in_turns(both, repetitions=15).items():
         rows.append(Row(f"scan forward + backward, {task}", name, timing.median_s * 1e3, "ms", timing.spread))
     return rows

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,7 +68,7 @@ def report(name: str, rows: Sequence[Row], packages: Sequence[str]) -> None:
     for field in fields(Row):
         table.add_column(field.name, justify="right" if field.name in ("value", "spread") else "left")
     for row in rows:
-        table.add_row(row.task, row.system, f"{row.value:,.4g}", row.unit, f"{row.spread:.0%}", row.note)
+        table.add_row(row.task, row.system, f"{row.value:,.4g}", row.unit, f"{row.spread:.0%}", escape(row.note))
     Console(width=160).print(table)
     context = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -23,13 +23,14 @@ def test_import_brings_in_nothing_heavy() -> None:
     assert found["loaded"] == []
 
 
-def test_ops_models_and_generation_bring_in_nothing_heavy_but_torch() -> None:
+def test_public_names_bring_in_nothing_heavy_but_torch() -> None:
     code = f"""
 import torch
 before, start = set(sys.modules), time.process_time()
 import statespan
 statespan.ops, statespan.build, statespan.generate
 found["seconds"] = time.process_time() - start
+[getattr(statespan, name) for name in statespan.__all__]
 found["loaded"] = [n for n in {HEAVY} if n in sys.modules and n not in before]
 found["cuda"] = torch.cuda.is_initialized()
 """

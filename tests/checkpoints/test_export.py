@@ -10,8 +10,10 @@ from torch import Tensor
 from statespan.checkpoints import convert, detect, load, save
 from statespan.errors import CheckpointError, UnknownName
 from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig, MoEConfig, RopeScaling
+from statespan.models.build import build
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec, pattern_from_periods
+from statespan.models.quantize import quantize
 
 ROPE = AttentionConfig(num_heads=4, rope_theta=1e4)
 NO_ROPE = AttentionConfig(num_heads=4, num_kv_heads=2)
@@ -166,3 +168,13 @@ def test_an_unknown_format_offers_the_nearest(build_random: Any, tmp_path: Path)
 def test_a_shard_of_no_bytes(build_random: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="max_shard_bytes must be at least 1, got 0"):
         save(build_random(BASE), tmp_path, max_shard_bytes=0)
+
+
+@pytest.mark.parametrize("format", ["statespan", "transformers"])
+def test_a_quantised_model_is_refused_and_what_was_saved_stays(tmp_path: Path, format: Any) -> None:
+    model = build(BASE.replace(layers=(LayerSpec("mamba1"),)))
+    save(model, tmp_path, format)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"quantised for inference.*save the model before"):
+        save(quantize(model), tmp_path, format)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,4 +1,4 @@
-"""A pure Mamba writes 100,000 tokens in the memory of the first ones."""
+"""A pure Mamba writes 100,000 tokens, at the end of sequences as long as that, in the memory of the first ones."""
 
 import gc
 import os
@@ -18,7 +18,8 @@ from statespan.models.build import build
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
 
-COUNT = 100_000
+# Together the rows write 100,000 tokens, and each one's sequence ends 100,000 tokens long.
+ROWS, STEPS, PROMPT = 16, 6_250, 93_750
 
 
 def reachable_bytes(root: object) -> int:
@@ -70,15 +71,17 @@ def test_100_000_tokens_grow_nothing(scripted: Any) -> None:
     options = {"tokenizer": tokenizer, "ignore_eos": True, "return_state": True, "stop": "never said"}
     size = generate(model, [1], max_new_tokens=3, **options).state.model_state.num_bytes
 
-    stream = generate_stream(model, [1], max_new_tokens=COUNT, temperature=0, **options)
-    read(stream, 2_000)
+    prompts = [[2 + i % 200 for i in range(PROMPT)]] * ROWS
+    stream = generate_stream(model, prompts, max_new_tokens=STEPS, temperature=0, **options)
+    read(stream, 200 * ROWS)
     held, objects, resident = reachable_bytes(stream), live_objects(), resident_bytes()
-    read(stream, COUNT - 3_000)
-    # A list with an entry a token would take 776,000 bytes; the states of all tokens 45 MB.
+    read(stream, (STEPS - 400) * ROWS)
+    # A list with an entry a token would take 749,000 bytes, one with an entry a step 46,800; the states of all tokens
+    # 42 MB.
     assert abs(reachable_bytes(stream) - held) < 3_000
     growth = [after - before for after, before in zip(live_objects(), objects, strict=True)]
     assert growth[0] < 300 and growth[1] < 3 and growth[2] < 3_000
     assert resident_bytes() - resident < 8_000_000
-    last = read(stream, 1_000)
+    last = read(stream, 200 * ROWS)
     assert last is not None and last.finish_reason == "length"
     assert last.state is not None and last.state.model_state.num_bytes == size

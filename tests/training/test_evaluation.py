@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional
 
 from statespan.checkpoints import ByteTokenizer
+from statespan.layers.state import KVCache
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
-from statespan.models.language_model import LanguageModel
+from statespan.models.language_model import LanguageModel, LanguageModelOutput
 from statespan.training import EvaluationConfig, evaluate
 from statespan.training.data import Corpus, build_corpus
 
@@ -106,8 +108,6 @@ def test_leaves_the_model_as_it_was_and_reports_progress(model: LanguageModel, c
 
 
 def test_capacity_of_experts_does_not_count(corpus: Corpus, hybrid: ModelConfig):
-    from dataclasses import replace
-
     tight = replace(hybrid, moe=replace(hybrid.moe, capacity_factor=0.25))
     assert evaluate(build(tight), corpus).bits_per_byte == evaluate(build(hybrid), corpus).bits_per_byte
 
@@ -117,3 +117,20 @@ def test_bfloat16_is_close(hybrid: ModelConfig, corpus: Corpus):
     full, half = evaluate(model, corpus), evaluate(model, corpus, precision=torch.bfloat16)
     assert half.bits_per_byte == pytest.approx(full.bits_per_byte, rel=0.01)
     assert half.bits_per_byte != full.bits_per_byte
+
+
+def test_a_window_bounds_what_long_documents_beside_short_ones_keep(
+    hybrid: ModelConfig, make_text: Callable[[int, int], str]
+):
+    config = hybrid.replace(attention=replace(hybrid.attention, sliding_window=8))
+    model, slots = build(config, seed=1), list[int]()
+
+    def count(module: torch.nn.Module, inputs: object, output: LanguageModelOutput) -> None:
+        assert output.state is not None
+        slots.extend(layer.key.shape[1] for layer in output.state.layers if isinstance(layer, KVCache))
+
+    model.register_forward_hook(count)
+    texts = build_corpus([make_text(0, 60), make_text(1, 2), make_text(2, 20)], ByteTokenizer())
+    assert max(texts.lengths) > 400
+    evaluate(model, texts, EvaluationConfig(chunk_length=16))
+    assert slots and max(slots) == 64  # the smallest buffer there is

@@ -157,7 +157,7 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint_before(half: Path, confi
     assert train(config, half, resume=True).step == 6  # and with room again the run goes on
 
 
-@pytest.mark.parametrize("place", ["checkpoints.save", "save_file", "_force_to_disk"])
+@pytest.mark.parametrize("place", ["checkpoints.save", "save_file", "force_to_disk"])
 def test_a_crash_while_saving_leaves_no_half_checkpoint(
     half: Path, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, place: str
 ):

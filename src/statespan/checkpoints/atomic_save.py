@@ -39,8 +39,8 @@ def replacing(directory: Path, owned: Callable[[str], bool]) -> Generator[Path]:
         stale = sorted(f.name for f in directory.iterdir() if f.is_file() and owned(f.name) and f.name not in files)
         (staging / MANIFEST).write_text(json.dumps({"files": files, "stale": stale}))
         for file in staging.iterdir():
-            _force_to_disk(file)
-        _force_to_disk(staging)
+            force_to_disk(file)
+        force_to_disk(staging)
         staging.rename(directory / COMMITTED)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -54,19 +54,20 @@ def finish_interrupted(directory: Path) -> None:
     if not committed.is_dir():
         return
     if (committed / MANIFEST).exists():
-        _force_to_disk(directory)
+        force_to_disk(directory)
         manifest = json.loads((committed / MANIFEST).read_text())
         for name in manifest["files"]:
             if (committed / name).exists():
                 (committed / name).replace(directory / name)
         for name in manifest["stale"]:
             (directory / name).unlink(missing_ok=True)
-        _force_to_disk(directory)
+        force_to_disk(directory)
         (committed / MANIFEST).unlink()
     shutil.rmtree(committed)
 
 
-def _force_to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -22,6 +22,7 @@ from statespan.checkpoints.weight_names import match_files, pieces_to_write
 from statespan.errors import CheckpointError, UnknownName
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
+from statespan.models.quantize import is_quantized
 
 Format = Literal["statespan", "transformers"]
 
@@ -90,9 +91,14 @@ def save(
             Jamba, Mixtral, Mistral or Llama; settings of training alone, such as an expert capacity, are not kept.
         max_shard_bytes: weights beyond this are split into shards with an index.
     Raises:
-        CheckpointError: transformers cannot express the model, or the files cannot be written.
+        CheckpointError: transformers cannot express the model, it is quantised, or the files cannot be written.
     """
     directory = Path(directory)
+    if is_quantized(model):
+        raise CheckpointError(
+            "this model was quantised for inference and its full weights are gone; save the model before "
+            "statespan.quantize, or load and quantise it again where it is used"
+        )
     family = _family_of(format, model.config)
     json_files = _json_files(family, model)
     pieces = pieces_to_write(family, model)

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer as Backend
+from typing import TYPE_CHECKING, Any
 
 from statespan.checkpoints.config_file import read_json
 from statespan.errors import CheckpointError, UserError
 from statespan.models.config import ModelConfig
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
 BYTE_VOCABULARY = 256
+NO_TEXT = 0xFF  # a byte that UTF-8 never has; stands for ids of a model with more of them than bytes
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -34,12 +36,15 @@ class ByteTokenizer:
         return list(text.encode("utf-8", errors="surrogateescape"))
 
     def decode(self, ids: list[int]) -> str:
-        """The text of bytes; what is not UTF-8 becomes the replacement character."""
+        """The text of bytes; what is not UTF-8 becomes the replacement character, and so does each id from 256 on.
+
+        Raises:
+            UserError: an id is negative.
+        """
         try:
-            return bytes(ids).decode("utf-8", errors="replace")
+            return bytes(min(i, NO_TEXT) for i in ids).decode("utf-8", errors="replace")
         except ValueError:
-            bad = next(i for i in ids if not 0 <= i < BYTE_VOCABULARY)
-            raise UserError(f"token id {bad} is no byte; a byte-level model has ids 0 to 255") from None
+            raise UserError(f"token id {min(ids)} is negative; give the ids that a model can have, from 0 on") from None
 
     def save(self, directory: Path) -> None:
         """Nothing to write: a vocabulary of 256 without a tokenizer file is byte-level."""
@@ -57,7 +62,7 @@ class FileTokenizer:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: "Backend",
         *,
         bos_id: int | None = None,
         eos_ids: tuple[int, ...] = (),
@@ -81,6 +86,8 @@ class FileTokenizer:
         Example:
             >>> tokenizer = FileTokenizer.from_file("checkpoint/tokenizer.json")  # doctest: +SKIP
         """
+        from tokenizers import Tokenizer as Backend  # half the time of all our imports, and byte models need none
+
         file = Path(file)
         read_json(file)
         try:

@@ -130,5 +130,7 @@ class MoEConfig:
     renormalize: bool = False  # divide the chosen weights by their sum (Mixtral)
     capacity_factor: float | None = None  # tokens an expert takes / even share; None: no limit
     balancing: Literal["none", "sinkhorn"] = "none"  # how training picks experts (BlackMamba: sinkhorn)
-    load_balance_coef: float = 0.0  # weight of the load-balancing loss
+    # Weight of each layer's load-balancing loss; the layers' losses are summed, as in Switch (arXiv 2101.03961, 2.2).
+    # transformers takes one loss of all layers' tokens together: divide its router_aux_loss_coef by the MoE layers.
+    load_balance_coef: float = 0.0
     router_z_coef: float = 0.0  # weight of the router z-loss

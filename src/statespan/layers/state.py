@@ -90,7 +90,7 @@ class KVCache(State):
     next_position: Tensor  # [b] int32, position of the row's next token
     conv: Tensor | None = None  # [b conv_kernel-1 channels], where the layer has a conv over q, k and v
     length: int = 0  # slots in use
-    dropped: int = 0  # slots left behind by a sliding window
+    dropped: int = 0  # slots let go because no row saw them any more
     dense: bool = True  # every row sees every slot: no padding or packing so far
     fill: _Fill = field(default_factory=_Fill, repr=False, compare=False)
 
@@ -105,7 +105,8 @@ class KVCache(State):
     def append(self, key: Tensor, value: Tensor, position: Tensor, *, window: int | None = None) -> Self:
         """The cache with slots for `key`, `value` [b t kv_heads head_dim] at `position` [b t] added.
 
-        A window lets slots go that no later token can see, whenever the buffer has to grow.
+        Whenever the buffer has to grow, slots are let go that no row's later tokens can see: what a window has left
+        behind, padding, and packed documents that have ended.
         """
         length = self.length + key.shape[1]
         if torch.is_grad_enabled():
@@ -130,14 +131,17 @@ class KVCache(State):
         return replace(self, **joined, length=length, fill=_Fill(length))
 
     def _with_room(self, extra: int, window: int | None) -> Self:
-        """A copy in a buffer with room for `extra` slots and a half more, without what the window has left behind."""
-        drop = max(0, self.length - (window - 1)) if window is not None and self.dense else 0
-        length = self.length - drop
+        """A copy in a buffer with room for `extra` slots and a half more, without those that no row sees any more."""
+        kept: Tensor | slice = slice(0, self.length)
+        length = self.length
+        if window is not None or not self.dense:
+            kept = self._visible(window).any(dim=0).nonzero().squeeze(1)
+            length = len(kept)
         capacity = max(64, (length + extra) * 3 // 2)
 
         def grown(buffer: Tensor) -> Tensor:
             out = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
-            out[:, :length] = buffer[:, drop : self.length]
+            out[:, :length] = buffer[:, kept]
             return out
 
         return replace(
@@ -146,9 +150,15 @@ class KVCache(State):
             value=grown(self.value),
             position=grown(self.position),
             length=length,
-            dropped=self.dropped + drop,
+            dropped=self.dropped + self.length - length,
             fill=_Fill(length),
         )
+
+    def _visible(self, window: int | None) -> Tensor:
+        """[b length] bool: the slots that the row's next token sees."""
+        used = self.position[:, : self.length]
+        seen = used >= 0
+        return seen if window is None else seen & (used > self.next_position.unsqueeze(1) - window)
 
 
 @dataclass(frozen=True)

@@ -30,4 +30,4 @@ def quantize(model: LanguageModel) -> LanguageModel:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether `quantize` was applied."""
-    return any(isinstance(module, Int8Linear) for module in model.modules())
+    return any(isinstance(module, (Int8Linear, Int8Experts)) for module in model.modules())

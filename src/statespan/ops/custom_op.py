@@ -59,7 +59,8 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Vector-Jacobian product of a differentiable function, for use inside a kernel: None where an input is None.
 
-    Kernels may run below autograd's dispatch keys or in inference mode; inference_mode(False) lifts both.
+    Zeros where no output depends on an input. Kernels may run below autograd's dispatch keys or in
+    inference mode; inference_mode(False) lifts both.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
@@ -68,6 +69,8 @@ def gradients(
             for output, gradient in zip(function(*leaves), output_gradients, strict=True)
             if output.requires_grad
         ]
+        if not pairs:
+            return tuple(None if leaf is None else torch.zeros_like(leaf) for leaf in leaves)
         wanted = [leaf for leaf in leaves if leaf is not None]
         outputs, gradients_in = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, gradients_in, materialize_grads=True, allow_unused=True))

@@ -9,7 +9,6 @@ complete. Nothing is pickled.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Generator
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from statespan import checkpoints
+from statespan.checkpoints.atomic_save import force_to_disk
 from statespan.dataclass_io import from_plain, to_plain
 from statespan.errors import CheckpointError
 from statespan.models.language_model import LanguageModel
@@ -79,9 +79,9 @@ def save_checkpoint(run_directory: Path, model: LanguageModel, optimizer: AdamW,
         values = to_plain(state) | {"random": random_values}
         (partial / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         for path in (partial / TENSORS, partial / VALUES, partial):
-            _force_to_disk(path)
+            force_to_disk(path)
         partial.rename(final)
-        _force_to_disk(final.parent)
+        force_to_disk(final.parent)
     for old in [*existing, final][:-keep]:
         shutil.rmtree(old)
     return final
@@ -121,13 +121,3 @@ def _removed_on_failure(partial: Path, name: str, existing: list[Path]) -> Gener
         raise CheckpointError(f"cannot save {name} in {partial.parent}: {error}; {last}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # renamed by now, or not finished
-
-
-def _force_to_disk(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
