@@ -90,6 +90,11 @@ class LanguageModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
 
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Of the residual stream: the weights', or at least float32 with residual_float32."""
+        return torch.promote_types(self.dtype, torch.float32) if self.config.residual_float32 else self.dtype
+
     def forward(
         self,
         input_ids: Tensor,
@@ -119,9 +124,7 @@ class LanguageModel(nn.Module):
         if attention_mask is not None:
             segments = torch.zeros_like(input_ids) if segments is None else segments
             segments = segments.masked_fill(attention_mask == 0, -1)
-        hidden = self.embedding(input_ids)
-        if self.config.residual_float32:
-            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        hidden = self.embedding(input_ids).to(self.stream_dtype)
         hidden, state, router, activation = self.backbone(hidden, state, segments)
         aux_loss = self._aux_loss(router, activation)
         loss = logits = None
@@ -169,7 +172,7 @@ class LanguageModel(nn.Module):
 
     def decoder(self, batch_size: int) -> Decoder:
         """A fast form of `model(ids[:, None], state=)` for generation: see Decoder."""
-        return Decoder(self, batch_size)
+        return Decoder(self.embedding, self.layers, self.head, batch_size, self.stream_dtype)
 
     def save(self, directory: str | Path, format: Literal["statespan", "transformers"] = "statespan") -> None:
         """Write config, safetensors and tokenizer to `directory`; "transformers" writes files that it can load."""

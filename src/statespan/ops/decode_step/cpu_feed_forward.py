@@ -6,7 +6,7 @@ A group is some rows of the batch and one expert: all rows where the layer is de
 where there is a router. A work item is a row to normalise and route, a block of a group's inner rows, or of outputs.
 """
 
-from statespan.ops.decode_step.cpu_kernels import add_residual, rms_norm
+from statespan.ops.decode_step.cpu_kernels import add_residual, normalize_row
 from statespan.ops.linear.cpu_kernels import products_of
 from statespan.ops.numba_kernels.gates import fast_sigmoid, fast_silu
 from statespan.ops.numba_kernels.loads import get_lane, store_int64
@@ -114,14 +114,11 @@ def feed_forward_step(
         groups, group_rows = rows * top_k, 1
     after_up = rows + groups * up_blocks
     if item < rows:
-        at = item * hidden_size
-        rms_norm(
-            hidden + at * (4 - 2 * hidden_bf16), hidden_bf16, normed + at * 4, hidden_size, norm, weight_bf16, epsilon
-        )  # fmt: skip
+        normalize_row(item, hidden, hidden_bf16, normed, hidden_size, norm, weight_bf16, epsilon)
         if experts != 0:
             products_of(
-                0, experts, normed + at * 4, hidden_size, 1, router, hidden_size, hidden_size, 0, router_bias,
-                logits + item * experts * 4, experts, 0, router_kind,
+                0, experts, normed + item * hidden_size * 4, hidden_size, 1, router, hidden_size, hidden_size, 0,
+                router_bias, logits + item * experts * 4, experts, 0, router_kind,
             )  # fmt: skip
             _choose(
                 logits + item * experts * 4, experts, top_k, chosen + item * top_k * 8, weights + item * top_k * 4,

@@ -51,6 +51,24 @@ def rms_norm(x, x_bf16, y, size, weight, weight_bf16, epsilon):
 
 
 @jit
+def normalize_row(row, hidden, hidden_bf16, normed, size, weight, weight_bf16, epsilon):
+    """A row of the residual stream through the norm; normed is float32."""
+    at = row * size
+    rms_norm(hidden + at * (4 - 2 * hidden_bf16), hidden_bf16, normed + at * 4, size, weight, weight_bf16, epsilon)
+
+
+@jit
+def _project_and_add(
+    first, last, rows, x, channels, out_proj, out_scale, out_bias, mixed, hidden_size, hidden, hidden_bf16, y, kind
+):
+    """A block of out_proj's rows, added to the residual stream."""
+    products_of(
+        first, last, x, channels, rows, out_proj, channels, channels, out_scale, out_bias, mixed, hidden_size, 0, kind
+    )  # fmt: skip
+    add_residual(first, last, rows, hidden_size, hidden, mixed, y, hidden_bf16)
+
+
+@jit
 def _project_and_convolve(
     first, last, rows, hidden, hidden_size, in_proj, in_scale, in_bias, projected, inner, start, channels, conv_state,
     conv_weight, conv_bias, convolved, next_conv, taps, conv_bf16, weight_bf16, kind,
@@ -94,10 +112,7 @@ def mamba1_step(
     after_x = after_in + _num_blocks(selection, x_block)
     after_scan = after_x + _num_blocks(channels, channel_block)
     if item < rows:
-        at = item * hidden_size
-        rms_norm(
-            hidden + at * (4 - 2 * hidden_bf16), hidden_bf16, normed + at * 4, hidden_size, norm, weight_bf16, epsilon
-        )  # fmt: skip
+        normalize_row(item, hidden, hidden_bf16, normed, hidden_size, norm, weight_bf16, epsilon)
     elif item < after_in:
         wait_until(finished, rows)
         first = (item - rows) * in_block
@@ -131,12 +146,10 @@ def mamba1_step(
     else:
         wait_until(finished, after_scan)
         first = (item - after_scan) * out_block
-        last = min(hidden_size, first + out_block)
-        products_of(
-            first, last, gated, channels, rows, out_proj, channels, channels, out_scale, out_bias, mixed, hidden_size,
-            0, kind,
+        _project_and_add(
+            first, min(hidden_size, first + out_block), rows, gated, channels, out_proj, out_scale, out_bias, mixed,
+            hidden_size, hidden, hidden_bf16, y, kind,
         )  # fmt: skip
-        add_residual(first, last, rows, hidden_size, hidden, mixed, y, hidden_bf16)
 
 
 @jit
@@ -171,10 +184,7 @@ def mamba2_step(
     after_ssd = after_in + rows * heads
     after_gate = after_ssd + rows * norm_groups
     if item < rows:
-        at = item * hidden_size
-        rms_norm(
-            hidden + at * (4 - 2 * hidden_bf16), hidden_bf16, normed + at * 4, hidden_size, norm, weight_bf16, epsilon
-        )  # fmt: skip
+        normalize_row(item, hidden, hidden_bf16, normed, hidden_size, norm, weight_bf16, epsilon)
     elif item < after_in:
         wait_until(finished, rows)
         first = (item - rows) * in_block
@@ -205,9 +215,7 @@ def mamba2_step(
     else:
         wait_until(finished, after_gate)
         first = (item - after_gate) * out_block
-        last = min(hidden_size, first + out_block)
-        products_of(
-            first, last, gated, channels, rows, out_proj, channels, channels, out_scale, out_bias, mixed, hidden_size,
-            0, kind,
+        _project_and_add(
+            first, min(hidden_size, first + out_block), rows, gated, channels, out_proj, out_scale, out_bias, mixed,
+            hidden_size, hidden, hidden_bf16, y, kind,
         )  # fmt: skip
-        add_residual(first, last, rows, hidden_size, hidden, mixed, y, hidden_bf16)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-LOGIT_BYTES = 256 << 20  # of one chunk's logits; in plain PyTorch twice that is held at once
+LOGIT_BYTES = 256 << 20  # of one chunk's logits in float32; twice that is held at once
 
 
 def losses_and_gradients(
@@ -31,7 +31,7 @@ def losses_and_gradients(
     counted = (labels != ignore_index).nonzero()[:, 0]
     losses = hidden.new_zeros(labels.shape, dtype=dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    parts = chunks(counted, 4 * valid_vocab_size)
+    parts = chunks(counted, 4 * valid_vocab_size, LOGIT_BYTES)
     # Only a sum over chunks needs more than the product's own rounding.
     grad_weight = weight.new_zeros(weight.shape if need_weight else 0, dtype=dtype if len(parts) > 1 else None)
     head, grad_head = weight[:valid_vocab_size], grad_weight[:valid_vocab_size]
@@ -56,10 +56,10 @@ def losses_and_gradients(
     return losses, grad_hidden, grad_weight.to(weight.dtype)
 
 
-def chunks(counted: Tensor, row_bytes: int) -> tuple[Tensor, ...]:
-    """Places of tokens in equal parts, each with at most LOGIT_BYTES of logits."""
+def chunks(counted: Tensor, row_bytes: int, most_bytes: int) -> tuple[Tensor, ...]:
+    """Places of tokens in equal parts, each with at most `most_bytes` of logits."""
     if counted.numel() == 0:
         return ()
-    most = max(1, LOGIT_BYTES // row_bytes)
+    most = max(1, most_bytes // row_bytes)
     parts = -(-counted.numel() // most)
     return counted.split(-(-counted.numel() // parts))

@@ -24,6 +24,7 @@ class ChunkKernel(Protocol):
 
 def losses_and_gradients(
     kernel: ChunkKernel,
+    logit_bytes: int,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -33,35 +34,39 @@ def losses_and_gradients(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `chunked.losses_and_gradients`, by the kernel."""
+    """As `chunked.losses_and_gradients`, by the kernel; `logit_bytes` is the most of one chunk's logits."""
     counted = (labels != ignore_index).nonzero()[:, 0]
     all_count = counted.shape[0] == labels.shape[0]
     losses = hidden.new_zeros(labels.shape, dtype=torch.float32)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
     width = -(-valid_vocab_size // ALIGNMENT) * ALIGNMENT
-    parts = chunks(counted, width * hidden.element_size())
+    parts = chunks(counted, width * hidden.element_size(), logit_bytes)
     head, grad_weight = weight[:valid_vocab_size], weight.new_empty(0)
     if need_weight:
         # Only a sum over chunks needs more than the product's own rounding, and zeros to begin with.
         grad_weight = weight.new_empty(weight.shape, dtype=torch.float32 if len(parts) > 1 else weight.dtype)
         grad_weight[valid_vocab_size if len(parts) == 1 else 0 :] = 0
     grad_head = grad_weight[:valid_vocab_size]
-    buffer = hidden.new_empty(len(parts[0]) if parts else 0, width)
-    buffer[:, valid_vocab_size:] = 0  # oneDNN's bfloat16 products read them, and a NaN there would spread
-    for tokens in parts:
-        # Neighbouring tokens need no copy.
-        place = slice(int(tokens[0]), int(tokens[0]) + len(tokens)) if all_count else tokens
-        rows, logits = hidden[place], buffer[: len(tokens), :valid_vocab_size]
-        torch.mm(rows, head.T, out=logits)
-        scale = None if token_scale is None else token_scale[place].contiguous()
-        losses[place] = kernel(logits, labels[place], scale, need_hidden or need_weight)
-        if need_hidden:
-            grad_hidden[place] = logits @ head
-        if need_weight and len(parts) == 1:
-            torch.mm(logits.T, rows, out=grad_head)
-        elif need_weight:
-            _add_product(grad_head, logits.T, rows)
-    del buffer
+
+    def over_chunks() -> None:  # a function, so that the logits are gone before the result is cast
+        buffer = hidden.new_empty(len(parts[0]) if parts else 0, width)
+        buffer[:, valid_vocab_size:] = 0  # oneDNN's bfloat16 products read them, and a NaN there would spread
+        for number, tokens in enumerate(parts):
+            # Neighbouring tokens need no copy.
+            start = number * len(parts[0])
+            place = slice(start, start + len(tokens)) if all_count else tokens
+            rows, logits = hidden[place], buffer[: len(tokens), :valid_vocab_size]
+            torch.mm(rows, head.T, out=logits)
+            scale = None if token_scale is None else token_scale[place].contiguous()
+            losses[place] = kernel(logits, labels[place], scale, need_hidden or need_weight)
+            if need_hidden:
+                grad_hidden[place] = logits @ head
+            if need_weight and len(parts) == 1:
+                torch.mm(logits.T, rows, out=grad_head)
+            elif need_weight:
+                _add_product(grad_head, logits.T, rows)
+
+    over_chunks()
     return losses, grad_hidden, grad_weight.to(weight.dtype)
 
 
