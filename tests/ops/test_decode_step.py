@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from statespan.errors import UserError
 from statespan.layers.config import Mamba1Config, Mamba2Config, MLPConfig, MoEConfig
 from statespan.layers.linear import Int8Linear, Linear
 from statespan.layers.mamba1 import Mamba1
@@ -199,3 +200,25 @@ def test_no_step_where_the_kernels_cannot_run():
     mixed = copy.deepcopy(mixer)
     mixed.in_proj.to(torch.bfloat16)
     assert prepare(mixed.step_weights(norm), 1, torch.float32, torch.float32) is None
+
+
+@pytest.mark.parametrize("change", ["rows", "dtype", "conv dtype", "state of another"])
+def test_what_does_not_fit_is_refused_before_a_kernel_writes(change: str) -> None:
+    layer, norm = built(Mamba1(HIDDEN, MAMBA1["plain"]), "bfloat16")
+    step = prepare(layer.step_weights(norm), 2, torch.float32, torch.bfloat16)
+    hidden, state = torch.randn(2, HIDDEN), layer.new_state(2, torch.device("cpu"), torch.bfloat16)
+    conv, ssm = state.conv, state.ssm
+    match change:
+        case "rows":
+            hidden = torch.randn(3, HIDDEN)
+        case "dtype":
+            hidden = hidden.bfloat16()
+        case "conv dtype":
+            conv = conv.float()
+        case _:
+            ssm = ssm[:, :, :-1]
+    with pytest.raises(UserError, match=r"decoding step: .* must be"):
+        step(hidden, conv, ssm)
+    mlp = MLP(HIDDEN, MLPConfig(intermediate_size=8)).requires_grad_(False)
+    with pytest.raises(UserError, match="hidden must be"):
+        prepare(mlp.step_weights(RMSNorm(HIDDEN, 1e-5)), 2, torch.float32, torch.float32)(hidden[:, :3])

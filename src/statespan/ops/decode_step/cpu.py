@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statespan.errors import UserError
 from statespan.ops.activation import GATED
 from statespan.ops.decode_step.weights import FeedForwardWeights, Mamba1Weights, Mamba2Weights, Projection
 from statespan.ops.numba_kernels import Kernel, num_workers
@@ -153,7 +154,8 @@ def mamba1(
         KINDS[w.in_proj.weight.dtype],
         *(w.norm_epsilon, w.inner_norm_epsilon),
     )
-    return _mixer_step(call, address)
+    conv, ssm = (num_rows, w.conv_weight.shape[1] - 1, channels), (num_rows, channels, states)
+    return _mixer_step(call, address, ((num_rows, hidden_size), hidden_dtype), (conv, conv_dtype), ssm)
 
 
 def mamba2(
@@ -199,12 +201,31 @@ def mamba2(
         KINDS[w.in_proj.weight.dtype],
         *(*w.dt_limit, w.norm_epsilon, w.gate_norm_epsilon),
     )
-    return _mixer_step(call, address)
+    conv, ssm = (num_rows, taps - 1, conv_size), (num_rows, heads, channels // heads, w.state_size)
+    return _mixer_step(call, address, ((num_rows, hidden_size), hidden_dtype), (conv, conv_dtype), ssm)
 
 
-def _mixer_step(call: Callable[..., None], address: Addresses) -> Callable[..., Any]:
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor without gaps; the kernels only see its address."""
+    if tensor.shape != shape or tensor.dtype is not dtype:
+        raise UserError(
+            f"decoding step: {name} must be {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}; "
+            "make a new decoder for another batch size or dtype"
+        )
+    return tensor.contiguous()
+
+
+def _mixer_step(
+    call: Callable[..., None],
+    address: Addresses,
+    of_hidden: tuple[tuple[int, ...], torch.dtype],
+    of_conv: tuple[tuple[int, ...], torch.dtype],
+    ssm_shape: tuple[int, ...],
+) -> Callable[..., Any]:
     def step(hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, conv_state, ssm_state = hidden.contiguous(), conv_state.contiguous(), ssm_state.contiguous()
+        hidden = _expect("hidden", hidden, *of_hidden)
+        conv_state = _expect("conv_state", conv_state, *of_conv)
+        ssm_state = _expect("ssm_state", ssm_state, ssm_shape, torch.float32)
         results = torch.empty_like(hidden), torch.empty_like(conv_state), torch.empty_like(ssm_state)
         y, next_conv, next_ssm = results
         call(
@@ -261,7 +282,7 @@ def feed_forward(weights: FeedForwardWeights, num_rows: int, hidden_dtype: torch
     )
 
     def step(hidden: Tensor) -> Tensor:
-        hidden = hidden.contiguous()
+        hidden = _expect("hidden", hidden, (num_rows, hidden_size), hidden_dtype)
         y = torch.empty_like(hidden)
         call(hidden.data_ptr(), y.data_ptr())
         return y
