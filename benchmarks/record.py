@@ -41,7 +41,7 @@ def versions(packages: Sequence[str]) -> str:
 
 
 def machine() -> str:
-    """Processor, threads used and operating system."""
+    """Processor, threads used and operating system, after the GPU where there is one."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -50,7 +50,8 @@ def machine() -> str:
         model += "".join(f" {flag}" for flag in ("avx2", "avx512f", "amx_bf16") if flag in flags)
     except (OSError, StopIteration):
         pass
-    return f"{model}, {torch.get_num_threads()} threads, {platform.system()}"
+    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
+    return f"{gpu}{model}, {torch.get_num_threads()} threads, {platform.system()}"
 
 
 def commit() -> str:
