@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU build of torch, where the index has one, spares gigabytes of CUDA libraries.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format clean triton-releases
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,21 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# Compiles every Triton kernel with every release that is supported: an environment of its own for each, over the main one.
+TRITON_RELEASES ?= 3.6.0 3.7.1 3.8.0 3.9.0
+build/triton/%/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv build/triton/$*
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(build/triton/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth
+	build/triton/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$*
+	touch $@
+
+triton-releases: $(TRITON_RELEASES:%=build/triton/%/.installed)
+	for release in $(TRITON_RELEASES); do \
+		echo "Triton $$release"; \
+		PYTHONPATH=src build/triton/$$release/bin/python -m pytest -n auto tests/ops/test_triton_kernels.py -k compiles || exit 1; \
+	done
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix

@@ -5,9 +5,11 @@
 Every shape is checked against the recurrence in float64 on a few channels before it is timed.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import triton.testing  # type: ignore[import-not-found]  # comes with PyTorch for CUDA
-from torch import Tensor
+import triton.testing
 
 from benchmarks.record import Row, report
 from statespan.ops import selective_scan
@@ -23,13 +25,13 @@ SHAPES = {
 }
 STATES = (8, 32, 64, 128)  # at 8, 1024, 2048, next to 16
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors, passed by keyword
 
 
 def random_inputs(batch: int, channels: int, length: int, states: int) -> Inputs:
     """Inputs as a layer sees them: bfloat16, with z half of a projection, A, D and dt_bias in float32."""
     torch.manual_seed(0)
-    on = {"device": "cuda", "dtype": torch.bfloat16}
+    on: Any = {"device": "cuda", "dtype": torch.bfloat16}
     matrices = torch.randn(batch, length, 2, states, **on)
     named = {
         "u": torch.randn(batch, length, channels, **on),
@@ -67,7 +69,12 @@ def time_both(x: Inputs) -> tuple[float, float]:
     def backward() -> None:
         torch.autograd.grad(y, leaves, upstream, retain_graph=True)
 
-    return tuple(triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median") for run in (forward, backward))
+    return _median_ms(forward), _median_ms(backward)
+
+
+def _median_ms(run: Callable[[], None]) -> float:
+    milliseconds: Any = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
+    return float(milliseconds)
 
 
 def main() -> None:

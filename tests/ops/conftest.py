@@ -5,6 +5,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+GPU_BACKENDS = ("cuda", "triton")
+
+
+@pytest.fixture(autouse=True)
+def _device_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test whose parameter `backend` names one of a GPU makes its tensors there."""
+    callspec = getattr(request.node, "callspec", None)
+    on_gpu = callspec is not None and callspec.params.get("backend") in GPU_BACKENDS
+    torch.set_default_device("cuda" if on_gpu else None)
+    yield
+    torch.set_default_device(None)
+
 
 @pytest.fixture
 def nan_in_new_tensors() -> Iterator[None]:

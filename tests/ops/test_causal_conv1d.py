@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import causal_conv1d, causal_conv1d_update
 
-BACKENDS = ["cpu", "torch", "reference"]
+GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
+FAST = ["cpu", *GPU]
+BACKENDS = [*FAST, "torch", "reference"]
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2**-7}  # of the largest value: a few roundings of the dtype
 
 
@@ -60,7 +62,7 @@ def gradients(outputs, inputs, upstream):
     if not pairs:
         return [torch.zeros_like(v) for v in inputs]
     outputs, upstream = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True, retain_graph=True)
 
 
 def check_all(x, weight, bias, initial_state, segments, backend, silu=True):
@@ -114,20 +116,47 @@ def test_taps_and_lengths(backend, taps):
         check_all(*make(length=length, taps=taps), torch.randint(-1, 3, (2, length)), backend)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [1, 5, 33, 1536])
-def test_channels_and_dtypes(channels, dtype):
+def test_channels_and_dtypes(channels, dtype, backend):
     segments = torch.tensor([[0] * 6 + [1] * 7, [-1] * 2 + [0] * 11])
     for silu in (True, False):
-        check_all(*make(length=13, channels=channels, dtype=dtype), segments, "cpu", silu)
+        check_all(*make(length=13, channels=channels, dtype=dtype), segments, backend, silu)
         x, weight, _, state = make(length=13, channels=channels, dtype=dtype)
-        check_all(x, weight, None, state, None, "cpu", silu)
+        check_all(x, weight, None, state, None, backend, silu)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("length", [63, 257, 1000])
+@pytest.mark.parametrize("kind", ["none", "packed", "long padding"])
+def test_long_rows(kind, length, backend):
+    """Rows cut into many strips, and runs of padding longer than a strip, against the plain PyTorch form in float64."""
+    inputs = make(length=length, channels=200, dtype=torch.bfloat16)
+    numbers = torch.arange(length)
+    segments = {
+        "none": None,
+        "packed": torch.stack([numbers // 37, numbers // 3]),
+        "long padding": torch.stack([numbers // 50, torch.where((numbers > 1) & (numbers < length - 2), -1, 4)]),
+    }[kind]
+    leaves = [v.detach().requires_grad_() for v in inputs]
+    wide = [v.detach().double().requires_grad_() for v in inputs]
+    found, exact = (
+        causal_conv1d(*v[:3], initial_state=v[3], segments=segments, return_final_state=True, backend=name)
+        for v, name in ((leaves, backend), (wide, "torch"))
+    )
+    upstream = [torch.randn(v.shape).to(torch.bfloat16) for v in found]
+    ours = gradients(found, leaves, upstream)
+    wanted = gradients(exact, wide, [v.double() for v in upstream])
+    for value, right in zip((*found, *ours), (*exact, *wanted), strict=True):
+        assert error(value, right) < LIMIT[torch.bfloat16]
+    assert all(torch.equal(a, b) for a, b in zip(ours, gradients(found, leaves, upstream), strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing(backend):
     x, weight, bias, state = make()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         inside = causal_conv1d(x, weight, bias, initial_state=state, backend=backend)
     assert torch.equal(inside, causal_conv1d(x, weight, bias, initial_state=state, backend=backend))
 
@@ -203,7 +232,7 @@ def test_padding_is_invisible_even_when_it_is_nan(backend):
         assert torch.equal(final[b], last[0]) and not grad[b, ~real[b]].any()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize(("channels", "taps"), [(1, 1), (5, 4), (33, 2), (1536, 4), (40, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_equal_the_scan(backend, channels, taps, dtype):
@@ -220,9 +249,10 @@ def test_steps_equal_the_scan(backend, channels, taps, dtype):
     assert torch.equal(state, before), "the state that went in is left as it is"
 
 
-def test_step_without_bias_and_activation():
+@pytest.mark.parametrize("backend", FAST)
+def test_step_without_bias_and_activation(backend):
     x, weight, _, state = make(length=1)
-    y, _ = causal_conv1d_update(state, x[:, 0], weight, activation=None, backend="cpu")
+    y, _ = causal_conv1d_update(state, x[:, 0], weight, activation=None, backend=backend)
     assert error(y, truth(x, weight, None, state, None, silu=False)[0][:, 0]) < 1e-6
 
 
@@ -238,24 +268,26 @@ def test_step_gradients_come_from_the_reference():
         causal_conv1d_update(*leaves, backend="cpu")
 
 
-def test_scratch_and_outputs_may_hold_anything_before(nan_in_new_tensors):
+@pytest.mark.parametrize("backend", FAST)
+def test_scratch_and_outputs_may_hold_anything_before(backend, nan_in_new_tensors):
     segments = torch.tensor([[0, 0, 0, -1, 1, 1, 1, 1, 1], [-1, 2, 3, 3, 3, 3, 3, 3, 3]])
-    check_all(*make(channels=21), segments, "cpu")
-    check_all(*make(channels=21, state=False), None, "cpu")
+    check_all(*make(channels=21), segments, backend)
+    check_all(*make(channels=21, state=False), None, backend)
     x, weight, bias, state = make(length=1)
-    y, carried = causal_conv1d_update(state, x[:, 0], weight, bias, backend="cpu")
+    y, carried = causal_conv1d_update(state, x[:, 0], weight, bias, backend=backend)
     assert y.isfinite().all() and carried.isfinite().all()
 
 
-def test_any_strides():
+@pytest.mark.parametrize("backend", FAST)
+def test_any_strides(backend):
     x, weight, bias, state = make()
-    wanted = causal_conv1d(x, weight, bias, initial_state=state, backend="cpu")
+    wanted = causal_conv1d(x, weight, bias, initial_state=state, backend=backend)
     swapped = x.transpose(1, 2).contiguous().transpose(1, 2)  # channels are not contiguous
     strided_state = state.transpose(1, 2).contiguous().transpose(1, 2)
-    y = causal_conv1d(swapped, weight.t().contiguous().t(), bias, initial_state=strided_state, backend="cpu")
+    y = causal_conv1d(swapped, weight.t().contiguous().t(), bias, initial_state=strided_state, backend=backend)
     assert torch.equal(y, wanted)
     leaf = x.detach().requires_grad_()
-    y = causal_conv1d(leaf, weight, bias, backend="cpu")
+    y = causal_conv1d(leaf, weight, bias, backend=backend)
     (expanded,) = torch.autograd.grad(y.sum(), leaf, retain_graph=True)  # the gradient of a sum has no strides
     (plain,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
     assert torch.equal(expanded, plain)
@@ -282,17 +314,20 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(run, (x, weight, bias, state))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
     x, weight, bias, state = make(channels=6)
     leaves = [v.detach().clone().requires_grad_() for v in (x, weight, bias, state)]
     segments = torch.tensor(SEGMENTS["packed"])
     ops = torch.ops.statespan
-    for backend in BACKENDS:
-        torch.library.opcheck(ops.causal_conv1d.default, (*leaves, segments, True, backend))
-    torch.library.opcheck(ops.causal_conv1d.default, (x, weight, None, None, None, False, "cpu"))
+    torch.library.opcheck(ops.causal_conv1d.default, (*leaves, segments, True, backend))
+    torch.library.opcheck(ops.causal_conv1d.default, (x, weight, None, None, None, False, backend))
     y, final = (torch.randn(2, 9, 6), torch.randn(2, 3, 6))
-    torch.library.opcheck(ops.causal_conv1d_backward.default, (y, final, x, weight, bias, state, segments, True, "cpu"))
-    torch.library.opcheck(ops.causal_conv1d_update.default, (state, x[:, 0], weight, bias, True, "cpu"))
+    torch.library.opcheck(
+        ops.causal_conv1d_backward.default, (y, final, x, weight, bias, state, segments, True, backend)
+    )
+    if backend != "torch":
+        torch.library.opcheck(ops.causal_conv1d_update.default, (state, x[:, 0], weight, bias, True, backend))
 
 
 def test_compiles_into_one_graph():

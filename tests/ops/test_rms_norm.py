@@ -8,7 +8,9 @@ import torch
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import gated_rms_norm, rms_norm
 
-BACKENDS = ["cpu", "reference"]
+GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
+FAST = ["cpu", *GPU]
+BACKENDS = [*FAST, "reference"]
 EPS = 1e-5
 # The largest difference, as a part of the largest exact value: a few roundings of the output's dtype.
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -81,9 +83,10 @@ def test_values_and_gradients_with_residual(channels, residual_dtype, dtype, bac
     assert y.dtype == torch.float32 and total.dtype == residual_dtype
 
 
-def test_one_channel_is_a_sign():
+@pytest.mark.parametrize("backend", FAST)
+def test_one_channel_is_a_sign(backend):
     x = torch.tensor([[3.0], [-2.0], [0.0]])
-    y = rms_norm(x, torch.tensor([2.0]), eps=EPS, backend="cpu")
+    y = rms_norm(x, torch.tensor([2.0]), eps=EPS, backend=backend)
     assert torch.allclose(y, torch.tensor([[2.0], [-2.0], [0.0]]), atol=1e-5)
 
 
@@ -118,11 +121,39 @@ def test_large_and_tiny_values(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_decides_the_dtype(backend):
     x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         y, total = rms_norm(x, weight, eps=EPS, residual=residual, backend=backend)
         assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
         assert rms_norm(x, weight, eps=EPS, backend=backend).dtype == torch.bfloat16
     assert torch.equal(y, rms_norm(x, weight, eps=EPS, residual=residual, backend=backend)[0].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("shape", [(4097, 768), (300, 5120), (70000, 3), (2, 40000)])
+def test_large_sizes_and_repeated_bits(shape, backend):
+    """Sizes at which programs take many rows each, against float64; the sums over rows repeat bit by bit."""
+    x, residual, z = (torch.randn(shape).bfloat16() for _ in range(3))
+    weight = torch.randn(shape[1])
+
+    def run(x, residual, weight):
+        return rms_norm(x, weight, eps=EPS, residual=residual, backend=backend)
+
+    def exactly(x, residual, weight):
+        total = x + residual
+        return truth(total, weight), total
+
+    compare(run, exactly, (x, residual.float(), weight))
+    compare(
+        lambda *v: [gated_rms_norm(*v, eps=EPS, backend=backend)],
+        lambda x, z, weight: [gated_truth(x, z, weight, shape[1], False)],
+        (x, z, weight),
+    )
+    leaf = weight.requires_grad_()
+    upstream = torch.randn(shape)
+    first, second = (
+        torch.autograd.grad(rms_norm(x, leaf, eps=EPS, backend=backend), leaf, upstream)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
 
 
 def test_many_threads_give_the_same_bits():
@@ -138,30 +169,32 @@ def test_many_threads_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_scratch_and_outputs_may_hold_anything_before(nan_in_new_tensors):
+@pytest.mark.parametrize("backend", FAST)
+def test_scratch_and_outputs_may_hold_anything_before(backend, nan_in_new_tensors):
     x = torch.randn(2, 3, 21).requires_grad_()
     z, residual = torch.randn(2, 3, 21).requires_grad_(), torch.randn(2, 3, 21).requires_grad_()
     weight = torch.randn(21).requires_grad_()
-    outputs = rms_norm(x, weight, eps=EPS, residual=residual, backend="cpu")
-    gated = gated_rms_norm(x, z, weight, eps=EPS, group_size=7, backend="cpu")
+    outputs = rms_norm(x, weight, eps=EPS, residual=residual, backend=backend)
+    gated = gated_rms_norm(x, z, weight, eps=EPS, group_size=7, backend=backend)
     total = sum(v.sum() for v in (*outputs, gated))
     assert total.isfinite() and all(v.isfinite().all() for v in torch.autograd.grad(total, (x, z, residual, weight)))
 
 
-def test_any_strides_and_no_rows():
+@pytest.mark.parametrize("backend", FAST)
+def test_any_strides_and_no_rows(backend):
     x, z, weight = torch.randn(4, 6, 10), torch.randn(4, 6, 10), torch.randn(10)
     for view in (lambda v: v.transpose(0, 1), lambda v: v.transpose(1, 2), lambda v: v[:, ::2], lambda v: v[..., ::2]):
         a, b = view(x), view(z)
         w = weight.repeat(2)[: a.shape[-1] * 2 : 2]
         assert torch.equal(
-            rms_norm(a, w, eps=EPS, residual=b, backend="cpu")[0],
-            rms_norm(a.contiguous(), w.contiguous(), eps=EPS, residual=b.contiguous(), backend="cpu")[0],
+            rms_norm(a, w, eps=EPS, residual=b, backend=backend)[0],
+            rms_norm(a.contiguous(), w.contiguous(), eps=EPS, residual=b.contiguous(), backend=backend)[0],
         )
         assert torch.equal(
-            gated_rms_norm(a, b, w, eps=EPS, backend="cpu"),
-            gated_rms_norm(a.contiguous(), b.contiguous(), w.contiguous(), eps=EPS, backend="cpu"),
+            gated_rms_norm(a, b, w, eps=EPS, backend=backend),
+            gated_rms_norm(a.contiguous(), b.contiguous(), w.contiguous(), eps=EPS, backend=backend),
         )
-    assert rms_norm(x[:0], weight, eps=EPS, backend="cpu").shape == (0, 6, 10)
+    assert rms_norm(x[:0], weight, eps=EPS, backend=backend).shape == (0, 6, 10)
 
 
 def test_float64_runs_and_is_exact():
@@ -179,26 +212,27 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *v: gated_rms_norm(*v, eps=EPS, norm_before_gate=True), (x, z, weight))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
     x, z, weight = (torch.randn(s).requires_grad_() for s in ((2, 3, 6), (2, 3, 6), (6,)))
     ops = torch.ops.statespan
-    for backend in BACKENDS:
-        torch.library.opcheck(ops.rms_norm.default, (x, weight, EPS, torch.bfloat16, backend))
-        torch.library.opcheck(ops.add_rms_norm.default, (x, z, weight, EPS, torch.float32, backend))
-        torch.library.opcheck(ops.gated_rms_norm.default, (x, z, weight, EPS, 3, False, backend))
+    torch.library.opcheck(ops.rms_norm.default, (x, weight, EPS, torch.bfloat16, backend))
+    torch.library.opcheck(ops.add_rms_norm.default, (x, z, weight, EPS, torch.float32, backend))
+    torch.library.opcheck(ops.gated_rms_norm.default, (x, z, weight, EPS, 3, False, backend))
     plain = [v.detach() for v in (x, z, weight)]
-    torch.library.opcheck(ops.rms_norm_backward.default, (plain[0], None, plain[1], plain[2], EPS, "cpu"))
-    torch.library.opcheck(ops.gated_rms_norm_backward.default, (plain[0], *plain, EPS, 3, True, "cpu"))
+    torch.library.opcheck(ops.rms_norm_backward.default, (plain[0], None, plain[1], plain[2], EPS, backend))
+    torch.library.opcheck(ops.gated_rms_norm_backward.default, (plain[0], *plain, EPS, 3, True, backend))
 
 
+@pytest.mark.parametrize("backend", ["auto", *GPU])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiles_into_one_graph(autocast):
+def test_compiles_into_one_graph(autocast, backend):
     x, z, weight = (torch.randn(s).requires_grad_() for s in ((2, 3, 6), (2, 3, 6), (6,)))
 
     def run(x, z, weight):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            y, total = rms_norm(x, weight, eps=EPS, residual=z)
-            return gated_rms_norm(y, z.to(y.dtype), weight, eps=EPS, group_size=3).float() + total
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+            y, total = rms_norm(x, weight, eps=EPS, residual=z, backend=backend)
+            return gated_rms_norm(y, z.to(y.dtype), weight, eps=EPS, group_size=3, backend=backend).float() + total
 
     compiled, wanted = torch.compile(run, fullgraph=True, backend="aot_eager")(x, z, weight), run(x, z, weight)
     assert torch.equal(compiled, wanted)

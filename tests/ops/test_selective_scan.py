@@ -13,7 +13,9 @@ from torch import Tensor
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import selective_scan
 
-BACKENDS = ["cpu", "reference"]
+GPU = ["cuda"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
+FAST = ["cpu", *GPU]
+BACKENDS = [*FAST, "reference"]
 DISCRETIZATIONS = ["mamba", "zoh", "bilinear"]
 LIMIT = 3e-6  # float32 against float64, of the largest value
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
@@ -49,11 +51,11 @@ def with_gradients(y: Tensor, state: Tensor, leaves: dict[str, Tensor], places: 
 
     With places [t], y holds only these places of the sequence that the projection is for.
     """
-    generator = torch.Generator().manual_seed(1)
+    on = {"generator": torch.Generator(y.device).manual_seed(1), "device": y.device}
     length = y.shape[1] if places is None else len(places)
-    weight = torch.randn(y.shape[0], length, y.shape[2], generator=generator).to(y.dtype)
+    weight = torch.randn(y.shape[0], length, y.shape[2], **on).to(y.dtype)
     loss = (y * (weight if places is None else weight[:, places])).sum()
-    loss = loss + (state * torch.randn(state.shape, generator=generator)).sum()
+    loss = loss + (state * torch.randn(state.shape, **on)).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return {"y": y, "final_state": state, **dict(zip(leaves, gradients, strict=True))}
 
@@ -117,6 +119,7 @@ def test_gradients_of_the_reference_are_those_of_finite_differences(discretizati
     assert torch.autograd.gradcheck(scan, tuple(inputs.values()))
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("discretization", DISCRETIZATIONS)
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "groups", "states"),
@@ -132,41 +135,44 @@ def test_gradients_of_the_reference_are_those_of_finite_differences(discretizati
     ],
 )
 def test_values_and_gradients_equal_those_in_float64(
-    batch, length, channels, groups, states, discretization, nan_in_new_tensors
+    batch, length, channels, groups, states, discretization, backend, nan_in_new_tensors
 ) -> None:
     inputs = make(batch, length, channels, groups, states)
     exact = run(inputs, torch.float64, discretization=discretization)
-    assert_close(run(inputs, discretization=discretization, backend="cpu"), exact)
+    assert_close(run(inputs, discretization=discretization, backend=backend), exact)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("left_out", [*NAMES[5:], "all"])
-def test_optional_inputs_may_be_left_out(left_out: str, nan_in_new_tensors) -> None:
+def test_optional_inputs_may_be_left_out(left_out: str, backend: str, nan_in_new_tensors) -> None:
     inputs = make(**{name: left_out not in (name, "all") for name in NAMES[5:]}, length=35)
     inputs["dt"] = inputs["dt"].abs()
-    assert_close(run(inputs, backend="cpu"), run(inputs, torch.float64))
+    assert_close(run(inputs, backend=backend), run(inputs, torch.float64))
     inputs["dt"] = inputs["dt"] + 1  # positive with the bias, too
     options = {"dt_softplus": False}
-    assert_close(run(inputs, backend="cpu", **options), run(inputs, torch.float64, **options))
+    assert_close(run(inputs, backend=backend, **options), run(inputs, torch.float64, **options))
 
 
-def test_a_gradient_of_the_output_or_of_the_state_alone() -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_a_gradient_of_the_output_or_of_the_state_alone(backend: str) -> None:
     inputs = {name: value.requires_grad_() for name, value in make().items()}
     exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
     for part in (0, 1):
-        found = selective_scan(**inputs, return_final_state=True, backend="cpu")[part].square().sum()
+        found = selective_scan(**inputs, return_final_state=True, backend=backend)[part].square().sum()
         truth = selective_scan(**exact, return_final_state=True)[part].square().sum()
         found, truth = (torch.autograd.grad(v, [*i.values()], allow_unused=True, materialize_grads=True)
                         for v, i in ((found, inputs), (truth, exact)))  # fmt: skip
         assert_close(dict(zip(NAMES, found, strict=True)), dict(zip(NAMES, truth, strict=True)))
 
 
-def test_extreme_step_sizes_and_decays() -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_extreme_step_sizes_and_decays(backend: str) -> None:
     inputs = make(length=6, channels=16, groups=1)
     inputs["dt"] = torch.linspace(-30, 60, 6).reshape(1, 6, 1).expand(2, 6, 16).contiguous()
     inputs["A"] = -torch.logspace(-6, 4, 16).reshape(16, 1).expand(16, 5).contiguous()
     for discretization in ("mamba", "zoh", "bilinear"):
         options = {"discretization": discretization}
-        assert_close(run(inputs, backend="cpu", **options), run(inputs, torch.float64, **options))
+        assert_close(run(inputs, backend=backend, **options), run(inputs, torch.float64, **options))
 
 
 # Segments and states.
@@ -281,12 +287,13 @@ def test_chunks_that_hand_on_the_state_equal_the_whole(cut: int, backend: str) -
 BF16_FACTOR = 1.5
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("which", [SEQUENCES, ("u", "z"), ("dt", "B", "C")])
-def test_bfloat16_is_about_as_exact_as_pytorch(which: tuple[str, ...]) -> None:
+def test_bfloat16_is_about_as_exact_as_pytorch(which: tuple[str, ...], backend: str) -> None:
     inputs = make(batch=1, length=130, channels=32, groups=1, states=16)
     inputs = {name: value.bfloat16() if name in which else value for name, value in inputs.items()}
     exact = run(inputs, torch.float64)
-    found, yardstick = run(inputs, backend="cpu"), run(inputs, backend="reference")
+    found, yardstick = run(inputs, backend=backend), run(inputs, backend="reference")
     for name, value in found.items():
         assert value.dtype == yardstick[name].dtype
         errors = [(result.double() - exact[name]).square().mean().sqrt() for result in (value, yardstick[name])]
@@ -301,14 +308,15 @@ def test_the_final_state_is_float32_and_the_output_has_the_inputs_dtype() -> Non
         assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_transposed_inputs_and_gradients() -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_transposed_inputs_and_gradients(backend: str) -> None:
     inputs = make(length=20)
     strange = {name: value.transpose(0, -1).contiguous().transpose(0, -1) for name, value in inputs.items()}
     assert not strange["u"].is_contiguous()
-    plain, found = run(inputs, backend="cpu"), run(strange, backend="cpu")
+    plain, found = run(inputs, backend=backend), run(strange, backend=backend)
     assert all(torch.equal(plain[name], found[name]) for name in plain)
     leaf = inputs["u"].detach().requires_grad_()
-    y = selective_scan(**{**inputs, "u": leaf}, backend="cpu")
+    y = selective_scan(**{**inputs, "u": leaf}, backend=backend)
     expanded = torch.autograd.grad(y.sum(), leaf, retain_graph=True)[0]  # the gradient of a sum has no strides
     assert torch.equal(expanded, torch.autograd.grad(y, leaf, torch.ones_like(y))[0])
 
@@ -320,13 +328,14 @@ def two_threads():
     torch.set_num_threads(1)
 
 
-def test_the_same_bits_in_every_run_and_every_python_thread(two_threads: None) -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_the_same_bits_in_every_run_and_every_python_thread(backend: str, two_threads: None) -> None:
     inputs = make(batch=2, length=70, channels=200, groups=2)
-    first = run(inputs, backend="cpu")
+    first = run(inputs, backend=backend)
 
     def again(_: int) -> bool:
         torch.set_num_threads(2)
-        return all(torch.equal(value, first[name]) for name, value in run(inputs, backend="cpu").items())
+        return all(torch.equal(value, first[name]) for name, value in run(inputs, backend=backend).items())
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(again, range(12)))
@@ -377,6 +386,56 @@ def test_a_forked_child_runs_it_after_its_parent_did() -> None:
 def test_nothing_of_the_size_of_all_states_is_made() -> None:
     all_states = 4096 * 256 * 64 * 4 / 2**20  # 256 MiB
     assert float(python(MEMORY)) < all_states / 3
+
+
+@pytest.mark.parametrize("backend", GPU)
+@pytest.mark.parametrize(
+    ("states", "discretization", "segmented"), [(16, "mamba", False), (8, "zoh", True), (5, "bilinear", True)]
+)
+def test_splits_of_a_long_sequence(states: int, discretization: str, segmented: bool, backend: str) -> None:
+    """Few channels and many tokens: the tokens are divided into splits that run side by side."""
+    inputs = make(1, 1090, 16, 2, states)
+    inputs["dt"] = inputs["dt"] - 4  # so that the states of one split still matter in the next
+    options: dict = {"discretization": discretization}
+    if segmented:
+        segments = (torch.arange(1090) // 500)[None]
+        options["segments"] = torch.where(torch.rand(1, 1090) < 0.1, -1, segments)
+    found, exact = run(inputs, backend=backend, **options), run(inputs, torch.float64, **options)
+    yardstick = run(inputs, backend="reference", **options)
+    for name, value in found.items():
+        errors = [(result.double() - exact[name]).abs().max() for result in (value, yardstick[name])]
+        assert errors[0] <= 3 * errors[1] + LIMIT * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("backend", GPU)
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    """A million tokens of 2,112 channels: the last ones equal those of a scan that begins near them."""
+    length, channels, tail = 2**20, 2112, 512
+    of_channels = torch.randn(1, length, channels, dtype=torch.bfloat16).requires_grad_()
+    matrices = torch.randn(1, length, 1, 16, dtype=torch.bfloat16).requires_grad_()
+    A, bias = -torch.ones(channels, 16), torch.full((channels,), 3.0)  # forgets within a few tokens
+
+    def scan(x: Tensor, matrix: Tensor) -> list[Tensor]:
+        y = selective_scan(x, x, A, matrix, matrix, z=x, dt_bias=bias, backend=backend)
+        return [y[:, -tail:].clone(), *torch.autograd.grad(y[:, -tail:].sum(), (x, matrix))]
+
+    whole = scan(of_channels, matrices)
+    part = scan(
+        of_channels[:, -2 * tail :].detach().requires_grad_(), matrices[:, -2 * tail :].detach().requires_grad_()
+    )
+    for a, b in zip(whole, part, strict=True):
+        torch.testing.assert_close(a[:, -tail:], b[:, -tail:], rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", GPU)
+def test_tensors_on_two_devices_are_told(backend: str) -> None:
+    inputs = make()
+    with pytest.raises(UserError, match="selective_scan: u is on cuda:0, and another tensor on cpu"):
+        selective_scan(**{**inputs, "B": inputs["B"].cpu()}, backend=backend)
+
+
+if not GPU:  # nothing to run them on: neither run nor skipped
+    del test_splits_of_a_long_sequence, test_offsets_beyond_32_bits, test_tensors_on_two_devices_are_told
 
 
 # Registration and mistakes.

@@ -8,7 +8,9 @@ import torch
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import selective_state_update, ssd_state_update
 
-BACKENDS = ["cpu", "reference"]
+GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
+FAST = ["cpu", *GPU]
+BACKENDS = [*FAST, "reference"]
 DISCRETIZATIONS = ["mamba", "zoh", "bilinear"]
 LIMIT = {torch.float32: 3e-6, torch.bfloat16: 2**-8}  # of the largest value
 
@@ -185,21 +187,22 @@ def test_gradients_come_from_the_reference(update):
         assert not update(*(v.float() for v in leaves), backend="cpu")[0].requires_grad
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(
     ("update", "make"), [(selective_state_update, selective_inputs), (ssd_state_update, ssd_inputs)]
 )
-def test_any_strides_and_dtypes(update, make):
+def test_any_strides_and_dtypes(update, make, backend):
     inputs, options = make()
-    wanted = update(*inputs, **options, backend="cpu")
+    wanted = update(*inputs, **options, backend=backend)
     strided = [v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.dim() > 1 else v for v in inputs]
-    for a, b in zip(update(*strided, **options, backend="cpu"), wanted, strict=True):
+    for a, b in zip(update(*strided, **options, backend=backend), wanted, strict=True):
         assert torch.equal(a, b)
     mixed = [v.to(torch.bfloat16) if i in (2, 4) else v for i, v in enumerate(inputs)]  # dt and B in bfloat16
     exact = update(*(v.double() for v in mixed), **{name: v.double() for name, v in options.items()})
-    for a, b in zip(update(*mixed, **options, backend="cpu"), exact, strict=True):
+    for a, b in zip(update(*mixed, **options, backend=backend), exact, strict=True):
         assert error(a, b) < LIMIT[torch.float32]
     with pytest.raises(BackendUnavailable, match="float64"):
-        update(*(v.double() for v in inputs), backend="cpu")
+        update(*(v.double() for v in inputs), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -220,27 +223,27 @@ def test_many_threads_give_the_same_bits(update, make):
 def test_autocast_changes_nothing(backend):
     for update, make in ((selective_state_update, selective_inputs), (ssd_state_update, ssd_inputs)):
         inputs, options = make()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
             inside = update(*inputs, **options, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(inside, update(*inputs, **options, backend=backend), strict=True))
 
 
-def test_outputs_may_hold_anything_before(nan_in_new_tensors):
+@pytest.mark.parametrize("backend", FAST)
+def test_outputs_may_hold_anything_before(backend, nan_in_new_tensors):
     for update, make in ((selective_state_update, selective_inputs), (ssd_state_update, ssd_inputs)):
         inputs, options = make()
-        assert all(v.isfinite().all() for v in update(*inputs, **options, backend="cpu"))
+        assert all(v.isfinite().all() for v in update(*inputs, **options, backend=backend))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
     (state, u, dt, A, B, C), more = selective_inputs()
     arguments = (state, u, dt, A, B, C, more["D"], more["z"], more["dt_bias"], True, "mamba")
     ops = torch.ops.statespan
-    for backend in BACKENDS:
-        torch.library.opcheck(ops.selective_state_update.default, (*arguments, backend))
+    torch.library.opcheck(ops.selective_state_update.default, (*arguments, backend))
     (state, x, dt, A, B, C), more = ssd_inputs()
     arguments = (state, x, dt, A, B, C, more["D"], more["dt_bias"], True, 0.0, math.inf, "zoh")
-    for backend in BACKENDS:
-        torch.library.opcheck(ops.ssd_state_update.default, (*arguments, backend))
+    torch.library.opcheck(ops.ssd_state_update.default, (*arguments, backend))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Which backend runs an op, why, and why the others do not.
 
-A backend is a named implementation of an op: "reference" (the recurrence, any device), "cpu" (Numba), and
-the names that GPU kernels will add. Every op lists its backends here, best first; "auto" takes the first that
+A backend is a named implementation of an op: "reference" (the recurrence, any device), "cpu" (Numba),
+"cuda" (CUDA C++ through NVRTC), "triton". Every op lists its backends here, best first; "auto" takes the first that
 can run on the tensors' device, a name runs that backend or raises BackendUnavailable.
 """
 
@@ -31,6 +31,50 @@ def _why_not_cpu(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str |
     return _why_not_numba()
 
 
+@cache
+def _why_not_cuda_core() -> str | None:
+    if find_spec("cuda") is None or find_spec("cuda.core") is None:
+        return "cuda-core is not installed; pip install 'statespan[cuda]'"
+    try:
+        from statespan.ops.cuda_kernels.compiler import nvrtc_version
+
+        nvrtc_version()
+    except Exception as error:
+        return f"NVRTC does not load ({str(error).splitlines()[0][:80]}); pip install 'statespan[cuda]'"
+    return None
+
+
+def _why_not_cuda(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it runs on NVIDIA GPUs only, and the tensors are on {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 or above, and {torch.cuda.get_device_name(device)} is older"
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            name = str(dtype).removeprefix("torch.")
+            return f"its kernels take float32, bfloat16 and float16, and a tensor is {name}"
+    return _why_not_cuda_core()
+
+
+@cache
+def _why_not_triton_package() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    return None
+
+
+def _why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on NVIDIA and AMD GPUs only, and the tensors are on {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 or above, and {torch.cuda.get_device_name(device)} is older"
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            name = str(dtype).removeprefix("torch.")
+            return f"its kernels take float32, bfloat16 and float16, and a tensor is {name}"
+    return _why_not_triton_package()
+
+
 def _never(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return None
 
@@ -46,22 +90,27 @@ class Backend:
 
 BACKENDS = {
     "cpu": Backend("cpu", "Numba kernels compiled at first use", _why_not_cpu),
+    "cuda": Backend("cuda", "CUDA C++ kernels compiled at first use, NVIDIA GPUs", _why_not_cuda),
+    "triton": Backend("triton", "Triton kernels compiled at first use, NVIDIA and AMD GPUs", _why_not_triton),
     "torch": Backend("torch", "vectorised PyTorch, any device", _never),
     "reference": Backend("reference", "the plain equations in PyTorch, any device, slow", _never),
 }
 
 # The backends of each op, best first.
 OPS: dict[str, tuple[str, ...]] = {
-    "selective_scan": ("cpu", "reference"),
+    "selective_scan": ("cpu", "cuda", "reference"),
     "ssd": ("torch", "reference"),
-    "causal_conv1d": ("cpu", "torch", "reference"),
-    "causal_conv1d_update": ("cpu", "reference"),
-    "selective_state_update": ("cpu", "reference"),
-    "ssd_state_update": ("cpu", "reference"),
-    "rms_norm": ("cpu", "reference"),
-    "gated_rms_norm": ("cpu", "reference"),
+    "causal_conv1d": ("cpu", "triton", "torch", "reference"),
+    "causal_conv1d_update": ("cpu", "triton", "reference"),
+    "selective_state_update": ("cpu", "triton", "reference"),
+    "ssd_state_update": ("cpu", "triton", "reference"),
+    "mamba1_step": ("cpu", "torch"),
+    "mamba2_step": ("cpu", "torch"),
+    "feed_forward_step": ("cpu", "torch"),
+    "rms_norm": ("cpu", "triton", "reference"),
+    "gated_rms_norm": ("cpu", "triton", "reference"),
     "grouped_mlp": ("torch", "reference"),
-    "linear_cross_entropy": ("torch", "reference"),
+    "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
     "linear": ("cpu", "torch"),
 }
 

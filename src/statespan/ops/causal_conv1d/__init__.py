@@ -124,6 +124,10 @@ def _forward(
             from statespan.ops.causal_conv1d import cpu  # loads compiled kernels, so imported when it runs
 
             return cpu.forward(x, weight, bias, initial_state, segments, silu)
+        case "triton":
+            from statespan.ops.causal_conv1d import triton_backend  # imports Triton, so imported when it runs
+
+            return triton_backend.forward(x, weight, bias, initial_state, segments, silu)
         case "torch":
             return torch_backend.causal_conv1d(x, weight, bias, initial_state, segments, silu)
         case _:
@@ -146,6 +150,10 @@ def _backward(
         from statespan.ops.causal_conv1d import cpu  # loads compiled kernels, so imported when it runs
 
         found = cpu.backward(grad_y, grad_final_state, x, weight, bias, initial_state, segments, silu)
+    elif name == "triton":
+        from statespan.ops.causal_conv1d import triton_backend  # imports Triton, so imported when it runs
+
+        found = triton_backend.backward(grad_y, grad_final_state, x, weight, bias, initial_state, segments, silu)
     else:
         function = (torch_backend if name == "torch" else reference).causal_conv1d
         found = gradients(
@@ -196,11 +204,17 @@ def _autograd(ctx: Any, grad_y: Tensor, grad_final_state: Tensor) -> tuple[Tenso
 def _update(
     state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if resolve("causal_conv1d_update", backend, x.device, x.dtype, weight.dtype) == "cpu":
-        from statespan.ops.causal_conv1d import cpu  # loads compiled kernels, so imported when it runs
+    match resolve("causal_conv1d_update", backend, x.device, x.dtype, weight.dtype):
+        case "cpu":
+            from statespan.ops.causal_conv1d import cpu  # loads compiled kernels, so imported when it runs
 
-        return cpu.update(state, x, weight, bias, silu)
-    return reference.causal_conv1d_update(state, x, weight, bias, silu)
+            return cpu.update(state, x, weight, bias, silu)
+        case "triton":
+            from statespan.ops.causal_conv1d import triton_backend  # imports Triton, so imported when it runs
+
+            return triton_backend.update(state, x, weight, bias, silu)
+        case _:
+            return reference.causal_conv1d_update(state, x, weight, bias, silu)
 
 
 def _fake_update(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

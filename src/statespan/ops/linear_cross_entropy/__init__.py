@@ -113,7 +113,7 @@ def _losses_and_gradients(name: str) -> Any:
         return partial(in_place.losses_and_gradients, cpu.losses_and_gradients, chunked.LOGIT_BYTES)
     from statespan.ops.linear_cross_entropy import triton_backend  # imports Triton, so imported when it runs
 
-    return triton_backend.losses_and_gradients
+    return partial(in_place.losses_and_gradients, triton_backend.losses_and_gradients, triton_backend.LOGIT_BYTES)
 
 
 def _forward(

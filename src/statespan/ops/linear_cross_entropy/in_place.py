@@ -49,11 +49,12 @@ def losses_and_gradients(
     grad_head = grad_weight[:valid_vocab_size]
 
     def over_chunks() -> None:  # a function, so that the logits are gone before the result is cast
-        buffer = hidden.new_empty(len(parts[0]) if parts else 0, width)
+        most = max(map(len, parts), default=0)
+        buffer = hidden.new_empty(most, width)
         buffer[:, valid_vocab_size:] = 0  # oneDNN's bfloat16 products read them, and a NaN there would spread
         for number, tokens in enumerate(parts):
             # Neighbouring tokens need no copy.
-            start = number * len(parts[0])
+            start = number * most
             place = slice(start, start + len(tokens)) if all_count else tokens
             rows, logits = hidden[place], buffer[: len(tokens), :valid_vocab_size]
             torch.mm(rows, head.T, out=logits)

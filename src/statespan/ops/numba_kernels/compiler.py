@@ -7,13 +7,11 @@ modules of `ops` itself; kernels import from nowhere else. So a changed kernel n
 loads the object through llvmlite without importing Numba.
 """
 
-import contextlib
 import ctypes
 import hashlib
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
 import threading
@@ -24,6 +22,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
+from statespan.ops import kernel_cache
 from statespan.ops.numba_kernels.host import cpu_features, cpu_name
 
 # Words of the call buffer, see entry.py: the count of finished items, and where the kernel's arguments begin.
@@ -42,32 +41,15 @@ def load(module: str, function: str, ints: tuple[str, ...], floats: tuple[str, .
     except OSError:
         code = b""
     if not code:
-        _announce(f"{module.removeprefix('statespan.ops.').split('.')[0]}.{function}", path)
+        kernel_cache.announce(f"{module.removeprefix('statespan.ops.').split('.')[0]}.{function}", path)
         code = _compile(module, function, ints, floats, symbol)
         if path:
-            _store(path, code)
+            kernel_cache.store(path, code)
     return _link(code, symbol)
 
 
-def cache_directory() -> Path | None:
-    """Where object code is kept: NUMBA_CACHE_DIR, else the user's cache folder; None where there can be no folder."""
-    try:
-        if os.environ.get("NUMBA_CACHE_DIR"):
-            root = Path(os.environ["NUMBA_CACHE_DIR"])
-        elif sys.platform == "win32":
-            root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-        elif sys.platform == "darwin":
-            root = Path.home() / "Library" / "Caches"
-        else:
-            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        (root / "statespan").mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: nobody's home
-        return None
-    return root / "statespan"
-
-
 def _cache_path(module: str, function: str, arguments: str) -> Path | None:
-    directory = cache_directory()
+    directory = kernel_cache.cache_directory()
     if directory is None:
         return None
     here = Path(__file__).parent
@@ -92,24 +74,6 @@ def _kernel_sources(module: str) -> frozenset[Path]:
             if importlib.util.find_spec(other).origin not in map(str, sources):  # type: ignore[union-attr]  # it is there
                 sources |= _kernel_sources(other)
     return frozenset(sources)
-
-
-def _store(path: Path, code: bytes) -> None:
-    """Write so that a reader in another process sees all of it or nothing. A full disk costs only the cache."""
-    temporary = path.with_suffix(f".{os.getpid()}")
-    try:
-        temporary.write_bytes(code)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _announce(kernel: str, path: Path | None) -> None:
-    kept = "not cached: no folder to write to, set NUMBA_CACHE_DIR"
-    if path is not None and os.access(path.parent, os.W_OK):
-        kept = f"cached in {path.parent}"
-    print(f"statespan: compiling {kernel} (once; {kept})", file=sys.stderr, flush=True)
 
 
 def _target_machine() -> Any:

@@ -88,26 +88,34 @@ def gated_rms_norm(
     return _gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate, backend)
 
 
-def _cpu(backend: str, *tensors: Tensor, op: str = "rms_norm", dtype: torch.dtype = torch.float32) -> Any:
-    """The module of the cpu kernels, or None where the reference runs."""
-    if resolve(op, backend, tensors[0].device, dtype, *(tensor.dtype for tensor in tensors)) != "cpu":
-        return None
-    from statespan.ops.rms_norm import cpu  # loads compiled kernels, so imported when it runs
+def _kernels(
+    backend: str, *tensors: Tensor, op: str = "rms_norm", dtype: torch.dtype = torch.float32, width: int = 1
+) -> Any:
+    """The module of the kernels, or None where the reference runs; `width` channels are normalised together."""
+    match resolve(op, backend, tensors[0].device, dtype, *(tensor.dtype for tensor in tensors)):
+        case "cpu":
+            from statespan.ops.rms_norm import cpu  # loads compiled kernels, so imported when it runs
 
-    return cpu
+            return cpu
+        case "triton":
+            from statespan.ops.rms_norm import triton_backend  # imports Triton, so imported when it runs
+
+            return triton_backend if triton_backend.fits(width) else None
+        case _:
+            return None
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str) -> Tensor:
-    if cpu := _cpu(backend, x, weight, dtype=dtype):
-        return cpu.rms_norm(x, weight, eps, dtype)
+    if kernels := _kernels(backend, x, weight, dtype=dtype, width=x.shape[-1]):
+        return kernels.rms_norm(x, weight, eps, dtype)
     return reference.rms_norm(x, weight, eps, dtype)
 
 
 def _add_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if cpu := _cpu(backend, x, residual, weight, dtype=dtype):
-        return cpu.add_rms_norm(x, residual, weight, eps, dtype)
+    if kernels := _kernels(backend, x, residual, weight, dtype=dtype, width=x.shape[-1]):
+        return kernels.add_rms_norm(x, residual, weight, eps, dtype)
     return reference.add_rms_norm(x, residual, weight, eps, dtype)
 
 
@@ -115,8 +123,8 @@ def _backward(
     grad_y: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (to which grad_total, the gradient of x itself, is added) and weight."""
-    if cpu := _cpu(backend, x, weight, dtype=grad_y.dtype):
-        return cpu.rms_norm_backward(grad_y, grad_total, x, weight, eps)
+    if kernels := _kernels(backend, x, weight, dtype=grad_y.dtype, width=x.shape[-1]):
+        return kernels.rms_norm_backward(grad_y, grad_total, x, weight, eps)
     grad_x, grad_weight = gradients(
         lambda x, weight: (reference.rms_norm(x, weight, eps, grad_y.dtype),), (x, weight), (grad_y,)
     )
@@ -127,8 +135,8 @@ def _backward(
 def _gated_forward(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool, backend: str
 ) -> Tensor:
-    if cpu := _cpu(backend, x, z, weight, op="gated_rms_norm"):
-        return cpu.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
+    if kernels := _kernels(backend, x, z, weight, op="gated_rms_norm", width=group_size):
+        return kernels.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
     return reference.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
 
 
@@ -142,8 +150,8 @@ def _gated_backward(
     norm_before_gate: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    if cpu := _cpu(backend, x, z, weight, op="gated_rms_norm"):
-        return cpu.gated_rms_norm_backward(grad_y, x, z, weight, eps, group_size, norm_before_gate)
+    if kernels := _kernels(backend, x, z, weight, op="gated_rms_norm", width=group_size):
+        return kernels.gated_rms_norm_backward(grad_y, x, z, weight, eps, group_size, norm_before_gate)
     return gradients(  # type: ignore[return-value]  # no input is None, so no gradient is
         lambda x, z, weight: (reference.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate),),
         (x, z, weight),

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statespan.errors import UserError
+from statespan.errors import BackendUnavailable, UserError
 from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_groups, check_name, check_shape, needs_gradients
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.selective_scan import reference
 
 __all__ = ["selective_scan"]
+
+MAX_CUDA_STATES = 128
 
 
 def selective_scan(
@@ -63,7 +65,8 @@ def selective_scan(
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: dt, decays, sums and the state in float32 whatever the inputs are (float64 for float64 inputs). For the
-        backward the cpu backend keeps the inputs and the state before every 32nd step, nothing of size [b t d n].
+        backward the cpu backend keeps the inputs and the state before every 32nd step (cuda: every 64th), nothing of
+        size [b t d n].
 
     Example:
         >>> u, dt, A = torch.randn(1, 5, 8), torch.randn(1, 5, 8), -torch.rand(8, 4)
@@ -99,7 +102,28 @@ def selective_scan(
 
 def _backend(backend: str, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> str:
     gate = () if z is None else (z.dtype,)
-    return resolve("selective_scan", backend, u.device, u.dtype, dt.dtype, B.dtype, C.dtype, *gate)
+    name = resolve("selective_scan", backend, u.device, u.dtype, dt.dtype, B.dtype, C.dtype, *gate)
+    if name == "cuda" and B.shape[3] > MAX_CUDA_STATES:
+        if backend == "cuda":
+            raise BackendUnavailable(
+                f"backend 'cuda' of selective_scan cannot run here: its kernels hold up to {MAX_CUDA_STATES} states a"
+                f" channel, and B has {B.shape[3]}"
+            )
+        return "reference"
+    return name
+
+
+def _module(name: str) -> Any:
+    """The compiled backend of that name, or None; loaded when it runs."""
+    if name == "cpu":
+        from statespan.ops.selective_scan import cpu
+
+        return cpu
+    if name == "cuda":
+        from statespan.ops.selective_scan import cuda_backend
+
+        return cuda_backend
+    return None
 
 
 def _forward(
@@ -119,10 +143,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state, segments, dt_softplus, discretization)
-    if _backend(backend, u, dt, B, C, z) == "cpu":
-        from statespan.ops.selective_scan import cpu  # loads compiled kernels, so imported when it runs
-
-        return cpu.selective_scan(*inputs, keep_starts)
+    compiled = _module(_backend(backend, u, dt, B, C, z))
+    if compiled is not None:
+        return compiled.selective_scan(*inputs, keep_starts)
     return (*reference.selective_scan(*inputs), u.new_empty(0))
 
 
@@ -147,10 +170,9 @@ def _backward(
     """The gradients of the inputs that are there, in their order."""
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-    if _backend(backend, u, dt, B, C, z) == "cpu":
-        from statespan.ops.selective_scan import cpu  # loads compiled kernels, so imported when it runs
-
-        found = cpu.gradients(grad_y, grad_final, starts, *inputs[:-1], segments, dt_softplus, discretization)
+    compiled = _module(_backend(backend, u, dt, B, C, z))
+    if compiled is not None:
+        found = compiled.gradients(grad_y, grad_final, starts, *inputs[:-1], segments, dt_softplus, discretization)
     else:
         dtype = torch.promote_types(u.dtype, torch.float32)
         if grad_final is None:
@@ -166,11 +188,10 @@ def _fake_forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any
     keep_starts, backend = rest[-2:]
     dtype = torch.promote_types(u.dtype, torch.float32)
     y, final_state = u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=dtype)
-    if _backend(backend, u, dt, B, C, z) != "cpu":
+    compiled = _module(_backend(backend, u, dt, B, C, z))
+    if compiled is None:
         return y, final_state, u.new_empty(0)
-    from statespan.ops.selective_scan.cpu import starts_shape  # loads compiled kernels, so imported when it runs
-
-    return y, final_state, u.new_empty(starts_shape(u, A, keep_starts), dtype=torch.float32)
+    return y, final_state, u.new_empty(compiled.starts_shape(u, A, keep_starts), dtype=torch.float32)
 
 
 def _fake_backward(grad_y: Any, grad_final: Any, starts: Tensor, *inputs: Any) -> list[Tensor]:

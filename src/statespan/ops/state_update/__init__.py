@@ -151,6 +151,21 @@ def ssd_state_update(
     return _ssd_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, low, high, discretization, backend)
 
 
+def _module(backend: str) -> Any:
+    """Where a backend's two updates are; all take the same arguments."""
+    match backend:
+        case "cpu":
+            from statespan.ops.state_update import cpu  # loads compiled kernels, so imported when it runs
+
+            return cpu
+        case "triton":
+            from statespan.ops.state_update import triton_backend  # imports Triton, so imported when it runs
+
+            return triton_backend
+        case _:
+            return reference
+
+
 def _selective_kernel(
     state: Tensor,
     u: Tensor,
@@ -165,13 +180,9 @@ def _selective_kernel(
     discretization: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    function = reference.selective_state_update
     dtypes = (u.dtype, dt.dtype, B.dtype, C.dtype, state.dtype, u.dtype if z is None else z.dtype)
-    if resolve("selective_state_update", backend, u.device, *dtypes) == "cpu":
-        from statespan.ops.state_update import cpu  # loads compiled kernels, so imported when it runs
-
-        function = cpu.selective_state_update
-    return function(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, discretization)
+    module = _module(resolve("selective_state_update", backend, u.device, *dtypes))
+    return module.selective_state_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, discretization)
 
 
 def _ssd_kernel(
@@ -189,12 +200,9 @@ def _ssd_kernel(
     discretization: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    function = reference.ssd_state_update
-    if resolve("ssd_state_update", backend, x.device, x.dtype, dt.dtype, B.dtype, C.dtype, state.dtype) == "cpu":
-        from statespan.ops.state_update import cpu  # loads compiled kernels, so imported when it runs
-
-        function = cpu.ssd_state_update
-    return function(state, x, dt, A, B, C, D, dt_bias, dt_softplus, (dt_min, dt_max), discretization)
+    dtypes = (x.dtype, dt.dtype, B.dtype, C.dtype, state.dtype)
+    module = _module(resolve("ssd_state_update", backend, x.device, *dtypes))
+    return module.ssd_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, (dt_min, dt_max), discretization)
 
 
 def _fake(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,162 @@
+# pyright: reportCallIssue=false
+# A launch takes options, num_warps, that are no parameters of the kernel.
+"""The causal depthwise convolution on GPUs: tensors to the kernels of `triton_kernels.py`."""
+
+import torch
+from torch import Tensor
+
+from statespan.ops.causal_conv1d import triton_kernels as kernels
+from statespan.ops.triton_kernels import last_contiguous, multiprocessors, on, power_of_two
+
+UNROLL = 4  # tokens whose loads are in flight at once
+SEARCH = 128  # tokens that are looked through at once for one that is no padding
+WARPS = 1
+SHORTEST = 16  # tokens of a strip, where there are few
+# Warps that the registers let a Hopper multiprocessor hold, and tokens of the longest strip.
+FORWARD, FORWARD_SEGMENTS = (24, 200), (24, 64)
+BACKWARD, BACKWARD_SEGMENTS = (14, 300), (12, 84)
+
+
+def _block(channels: int) -> int:
+    """Channels of a program: 8 bytes a thread and load in bfloat16."""
+    return min(128 * WARPS, max(16, power_of_two(channels)))
+
+
+def _strips(x: Tensor, warps_at_once: int, longest: int) -> tuple[int, int]:
+    """Strips of each row, and their tokens: whole waves of programs, as few as strips of at most `longest` allow.
+
+    A last wave that is nearly empty costs as much as a full one.
+    """
+    batch, length, channels = x.shape
+    wave = multiprocessors(x.device) * warps_at_once // WARPS
+    lanes = batch * -(-channels // _block(channels))  # programs for one strip of each row
+    waves = max(1, lanes * -(-length // longest) // wave)
+    while lanes * -(-length // longest) > waves * wave:
+        waves += 1
+    strips = max(-(-length // longest), min(waves * wave // lanes, -(-length // SHORTEST)))
+    strip = -(-length // strips)
+    return -(-length // strip), strip
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, segments: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """y and the final state of `statespan.ops.causal_conv1d`."""
+    (batch, length, channels), taps = x.shape, weight.shape[1]
+    y, final_state = x.new_empty(x.shape), x.new_empty(batch, taps - 1, channels)
+    if y.numel() == 0:
+        return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
+    x = last_contiguous(x)
+    strips, strip = _strips(x, *(FORWARD if segments is None else FORWARD_SEGMENTS))
+    block = _block(channels)
+    with on(x.device):
+        kernels.forward[(batch * strips * -(-channels // block),)](
+            x,
+            weight,
+            bias if bias is None else bias.contiguous(),
+            initial_state if initial_state is None else initial_state.contiguous(),
+            segments if segments is None else segments.contiguous(),
+            y,
+            final_state,
+            length,
+            channels,
+            strips,
+            strip,
+            x.stride(0),
+            x.stride(1),
+            weight.stride(0),
+            weight.stride(1),
+            SILU=silu,
+            TAPS=taps,
+            UNROLL=UNROLL,
+            BLOCK=block,
+            SEARCH=SEARCH,
+            SPAN=power_of_two(strip + 2 * (taps - 1)),
+            num_warps=WARPS,
+        )
+    return y, final_state
+
+
+def backward(
+    grad_y: Tensor,
+    grad_final_state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and initial_state."""
+    (batch, length, channels), taps = x.shape, weight.shape[1]
+    grad_x = x.new_empty(x.shape)
+    grad_initial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape)
+    if grad_x.numel() == 0:
+        if grad_initial_state is not None:
+            grad_initial_state.copy_(grad_final_state)
+        return grad_x, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), grad_initial_state
+    x, grad_y = last_contiguous(x), last_contiguous(grad_y)
+    strips, strip = _strips(x, *(BACKWARD if segments is None else BACKWARD_SEGMENTS))
+    block = _block(channels)
+    parts = x.new_empty(batch * strips, taps + 1, channels, dtype=torch.float32)
+    with on(x.device):
+        kernels.backward[(batch * strips * -(-channels // block),)](
+            grad_y,
+            grad_final_state.contiguous(),
+            x,
+            weight,
+            bias if bias is None else bias.contiguous(),
+            initial_state if initial_state is None else initial_state.contiguous(),
+            segments if segments is None else segments.contiguous(),
+            grad_x,
+            parts,
+            grad_initial_state,
+            length,
+            channels,
+            strips,
+            strip,
+            grad_y.stride(0),
+            grad_y.stride(1),
+            x.stride(0),
+            x.stride(1),
+            weight.stride(0),
+            weight.stride(1),
+            SILU=silu,
+            TAPS=taps,
+            UNROLL=UNROLL,
+            BLOCK=block,
+            SEARCH=SEARCH,
+            SPAN=power_of_two(strip + 2 * (taps - 1)),
+            num_warps=WARPS,
+        )
+    total = parts.sum(0)
+    grad_bias = None if bias is None else total[taps].to(bias.dtype, copy=True)
+    return grad_x, total[:taps].t().to(weight.dtype).contiguous(), grad_bias, grad_initial_state
+
+
+def update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """y and the next window of `statespan.ops.causal_conv1d_update`."""
+    state, x = state.to(x.dtype).contiguous(), last_contiguous(x)
+    batch, channels = x.shape
+    y, next_state = x.new_empty(x.shape), torch.empty_like(state)
+    if y.numel() == 0:
+        return y, next_state
+    block = _block(channels)
+    with on(x.device):
+        kernels.update[(batch * -(-channels // block),)](
+            state,
+            x,
+            weight,
+            bias if bias is None else bias.contiguous(),
+            y,
+            next_state,
+            channels,
+            x.stride(0),
+            weight.stride(0),
+            weight.stride(1),
+            SILU=silu,
+            TAPS=weight.shape[1],
+            BLOCK=block,
+            num_warps=WARPS,
+        )
+    return y, next_state

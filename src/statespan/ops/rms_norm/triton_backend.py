@@ -1,0 +1,183 @@
+# pyright: reportCallIssue=false
+# A launch takes options, num_warps, that are no parameters of the kernel.
+"""RMS normalisation on GPUs: tensors to the kernels of `triton_kernels.py`."""
+
+import torch
+from torch import Tensor
+
+from statespan.ops.rms_norm import triton_kernels as kernels
+from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, rows, shared_memory
+
+TILE = 4096  # values that a program has in registers at once: 32 a thread with 4 warps
+WIDEST = 1 << 16  # channels: the most that fit the registers of one program
+
+
+def fits(channels: int) -> bool:
+    """Whether a row of so many channels can be normalised by one program."""
+    return channels <= WIDEST
+
+
+def _tile(num_rows: int, channels: int, device: torch.device) -> tuple[int, int, int]:
+    """Rows and channels of a tile, and warps; few rows are spread over the whole machine."""
+    block = power_of_two(channels)
+    spread = power_of_two(num_rows // (8 * multiprocessors(device)))
+    return max(1, min(TILE // block, spread)), block, min(32, max(4, block // 1024))
+
+
+def _chunks(channels: int) -> tuple[int, int, int]:
+    """Size and number of the chunks that the backward takes a row in, and warps."""
+    chunk = min(1024, power_of_two(channels))
+    while channels > 3 * chunk and chunk < 8192:
+        chunk *= 2
+    return chunk, -(-channels // chunk), max(1, chunk // 256)
+
+
+def _stages(row_bytes: int, device: torch.device) -> int:
+    """3 where the rows that are on their way fit the shared memory: one is worked on while two arrive."""
+    return 3 if 7 * row_bytes <= 2 * shared_memory(device) else 1
+
+
+def _programs(num_rows: int, groups: int, warps: int, warps_at_once: int, device: torch.device) -> tuple[int, int]:
+    """Programs of each group and rows of each program, for so many warps at once on a multiprocessor."""
+    most = max(1, multiprocessors(device) * max(1, warps_at_once // warps) // groups)
+    each = -(-num_rows // most)
+    return -(-num_rows // each), each
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """y of `statespan.ops.rms_norm`."""
+    y = x.new_empty(x.shape, dtype=dtype)
+    _normalize(rows(x), None, weight, y, None, eps)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y and x + residual."""
+    y, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=residual.dtype)
+    _normalize(rows(x), rows(residual), weight, y, total, eps)
+    return y, total
+
+
+def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float) -> None:
+    if x.numel() == 0:
+        return
+    num_rows, channels = x.shape
+    tile_rows, block, warps = _tile(num_rows, channels, x.device)
+    with on(x.device):
+        kernels.forward[(-(-num_rows // tile_rows),)](
+            x,
+            residual,
+            weight.contiguous(),
+            y,
+            total,
+            num_rows,
+            channels,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            eps,
+            ROWS=tile_rows,
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+def rms_norm_backward(
+    grad_y: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, with grad_total added, and weight."""
+    grad_x = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return grad_x, torch.zeros_like(weight)
+    x, grad_y = rows(x), rows(grad_y)
+    grad_total = None if grad_total is None else rows(grad_total)
+    num_rows, channels = x.shape
+    chunk, chunks, warps = _chunks(channels)
+    programs, each = _programs(num_rows, 1, warps, 32 if warps == 4 and chunks > 1 else 16, x.device)
+    grad_weight = x.new_empty(programs, channels, dtype=torch.float32)
+    with on(x.device):
+        kernels.backward[(programs,)](
+            grad_y,
+            grad_total,
+            x,
+            weight.contiguous(),
+            grad_x,
+            grad_weight,
+            num_rows,
+            channels,
+            each,
+            grad_y.stride(0),
+            0 if grad_total is None else grad_total.stride(0),
+            x.stride(0),
+            eps,
+            CHUNK=chunk,
+            CHUNKS=chunks,
+            STAGES=_stages(channels * (x.element_size() + grad_y.element_size()), x.device),
+            num_warps=warps,
+        )
+    return grad_x, grad_weight.sum(0).to(weight.dtype)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
+    """y of `statespan.ops.gated_rms_norm`."""
+    y = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return y
+    x, z = rows(x), rows(z)
+    num_rows, groups = x.shape[0], x.shape[1] // group_size
+    tile_rows, block, warps = _tile(num_rows * groups, group_size, x.device)
+    with on(x.device):
+        kernels.gated_forward[(-(-num_rows * groups // tile_rows),)](
+            x,
+            z,
+            weight.contiguous(),
+            y,
+            num_rows,
+            groups,
+            group_size,
+            x.stride(0),
+            z.stride(0),
+            eps,
+            NORM_BEFORE_GATE=norm_before_gate,
+            ROWS=tile_rows,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return y
+
+
+def gated_rms_norm_backward(
+    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, z and weight."""
+    grad_x, grad_z = x.new_empty(x.shape), z.new_empty(z.shape)
+    if x.numel() == 0:
+        return grad_x, grad_z, torch.zeros_like(weight)
+    x, z, grad_y = rows(x), rows(z), rows(grad_y)
+    num_rows, groups = x.shape[0], x.shape[1] // group_size
+    chunk, chunks, warps = _chunks(group_size)
+    programs, each = _programs(num_rows, groups, warps, 24, x.device)
+    grad_weight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
+    with on(x.device):
+        kernels.gated_backward[(programs * groups,)](
+            grad_y,
+            x,
+            z,
+            weight.contiguous(),
+            grad_x,
+            grad_z,
+            grad_weight,
+            num_rows,
+            groups,
+            group_size,
+            each,
+            grad_y.stride(0),
+            x.stride(0),
+            z.stride(0),
+            eps,
+            NORM_BEFORE_GATE=norm_before_gate,
+            CHUNK=chunk,
+            CHUNKS=chunks,
+            STAGES=_stages(group_size * (x.element_size() + z.element_size() + grad_y.element_size()), x.device),
+            num_warps=warps,
+        )
+    return grad_x, grad_z, grad_weight.sum(0).to(weight.dtype)

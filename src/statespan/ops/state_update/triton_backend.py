@@ -1,0 +1,128 @@
+# pyright: reportCallIssue=false
+# A launch takes options, num_warps, that are no parameters of the kernel.
+"""One-token updates on GPUs: tensors to the kernels of `triton_kernels.py`."""
+
+import torch
+from torch import Tensor
+
+from statespan.ops.state_update import triton_kernels as kernels
+from statespan.ops.triton_kernels import last_contiguous, multiprocessors, on, power_of_two
+
+TILE = 1024  # state values of a program with 2 warps
+
+
+def _tile(batch: int, rows: int, states: int, device: torch.device) -> tuple[int, int, int]:
+    """Rows and states of a tile, and warps: small tiles where there is little to do, so that all take part."""
+    columns = power_of_two(states)
+    spread = batch * rows * columns // (4 * multiprocessors(device))
+    values = max(256, min(TILE, power_of_two(spread)))
+    tile = max(1, min(values // columns, power_of_two(rows)))
+    return tile, columns, max(1, min(4, tile * columns // 512))
+
+
+def selective_state_update(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    discretization: str,
+) -> tuple[Tensor, Tensor]:
+    """y and the next state of `statespan.ops.selective_state_update`."""
+    batch, channels, states = state.shape
+    y, next_state = u.new_empty(u.shape), torch.empty(state.shape, dtype=torch.float32, device=state.device)
+    if next_state.numel() == 0:
+        return y, next_state
+    u, dt, B, C = (last_contiguous(value) for value in (u, dt, B, C))
+    z = None if z is None else last_contiguous(z)
+    tile, columns, warps = _tile(batch, channels, states, u.device)
+    with on(u.device):
+        kernels.selective[(batch * -(-channels // tile),)](
+            state.contiguous(),
+            u,
+            dt,
+            A.contiguous(),
+            B,
+            C,
+            None if D is None else D.contiguous(),
+            z,
+            None if dt_bias is None else dt_bias.contiguous(),
+            y,
+            next_state,
+            channels,
+            states,
+            channels // B.shape[1],
+            u.stride(0),
+            dt.stride(0),
+            B.stride(0),
+            B.stride(1),
+            C.stride(0),
+            C.stride(1),
+            0 if z is None else z.stride(0),
+            DT_SOFTPLUS=dt_softplus,
+            DISCRETIZATION=discretization,
+            CHANNELS=tile,
+            STATES=columns,
+            num_warps=warps,
+        )
+    return y, next_state
+
+
+def ssd_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    discretization: str,
+) -> tuple[Tensor, Tensor]:
+    """y and the next state of `statespan.ops.ssd_state_update`."""
+    batch, heads, head_dim, states = state.shape
+    y, next_state = x.new_empty(x.shape), torch.empty(state.shape, dtype=torch.float32, device=state.device)
+    if next_state.numel() == 0:
+        return y, next_state
+    x, dt, B, C = (last_contiguous(value) for value in (x, dt, B, C))
+    tile, columns, warps = _tile(batch * heads, head_dim, states, x.device)
+    with on(x.device):
+        kernels.ssd[(batch * heads * -(-head_dim // tile),)](
+            state.contiguous(),
+            x,
+            dt,
+            A.contiguous(),
+            B,
+            C,
+            D,
+            None if dt_bias is None else dt_bias.contiguous(),
+            y,
+            next_state,
+            heads,
+            head_dim,
+            states,
+            heads // B.shape[1],
+            x.stride(0),
+            x.stride(1),
+            dt.stride(0),
+            B.stride(0),
+            B.stride(1),
+            C.stride(0),
+            C.stride(1),
+            0 if D is None else D.stride(0),
+            0 if D is None or D.dim() == 1 else D.stride(1),
+            *dt_limit,
+            DT_SOFTPLUS=dt_softplus,
+            DISCRETIZATION=discretization,
+            DIMS=tile,
+            STATES=columns,
+            num_warps=warps,
+        )
+    return y, next_state

@@ -1,0 +1,56 @@
+"""The common ground of the Triton backends: where kernels run, how tensors are laid out for them, how large a tile is.
+
+A backend is two files in its op's folder. `triton_kernels.py` holds the jitted functions, in the part of Triton's
+language that releases 3.6 to 3.9 share; `triton_backend.py` turns tensors into their arguments. Neither is imported
+before an op resolves to "triton", so that importing Statespan imports no Triton.
+
+Rules of the house:
+- Offsets that grow with the number of tokens are int64: `row.to(tl.int64) * stride`.
+- The last dimension is contiguous, all other strides are arguments. `rows` and `last_contiguous` see to it.
+- An absent tensor is None: Triton compiles a variant of the kernel without it.
+- Sums over programs go to a row of partial sums for each and are added up afterwards, so that results repeat bit by
+  bit on one machine.
+- Kernels take what they are given: float32, bfloat16 and float16 are read and written as they are and computed with in
+  float32.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Launches inside go to `device`; on the CPU they go to Triton's interpreter."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs can run at once at the least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 64 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """`tensor` with a contiguous last dimension; the outer strides stay."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """[.. d] as [rows d] with contiguous channels; a view wherever the strides allow it."""
+    return last_contiguous(tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1]))
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -1,0 +1,103 @@
+"""Every CUDA kernel compiles for every kind of GPU, without one: no spills, and shared memory within the limit."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from statespan.ops.cuda_kernels import compiler
+from statespan.ops.selective_scan import cuda_backend
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+FOLDER = Path(cuda_backend.__file__).parent
+SHARED_BYTES = 48 * 1024  # what a block gets without asking
+# The backward holds a piece of the states in registers and fills them to the last: a few may go to memory once a piece.
+# The compiler needs more of them on the newest kinds.
+SPILL_BYTES = {"forward": 0, "summary": 0, "backward": 96}
+SPILL_BYTES_NEWEST = {"forward": 0, "summary": 0, "backward": 256}
+
+
+def scan(states=16, channels=64, groups=1, dtype=torch.bfloat16, segments=False, gate=True, discretization="mamba"):
+    """The work of a scan with such inputs; nothing is run."""
+    u = torch.zeros(1, 4, channels, dtype=dtype)
+    matrix, A = torch.zeros(1, 4, groups, states, dtype=dtype), torch.zeros(channels, states)
+    marks = torch.zeros(1, 4, dtype=torch.int64) if segments else None
+    return cuda_backend.Scan(
+        u, u, A, matrix, matrix, None, u if gate else None, None, None, marks, True, discretization
+    )
+
+
+CASES = {
+    "plain": scan(),
+    "segments": scan(segments=True),
+    "float32": scan(dtype=torch.float32),
+    "float16": scan(dtype=torch.float16, gate=False),
+    "odd": scan(states=5, channels=37),
+    "zoh": scan(discretization="zoh"),
+    "bilinear": scan(discretization="bilinear", segments=True),
+    "8 states": scan(states=8),
+    "32 states": scan(states=32),
+    "64 states": scan(states=64, dtype=torch.float32),
+    "128 states": scan(states=128),
+    "128 states in float32": scan(states=128, dtype=torch.float32),
+}
+EVERYWHERE = ("plain", "segments", "float32")  # on every kind of GPU; the others on one
+
+
+def report(kernel: str, arch: str, macros) -> str:
+    """Compile, and what the assembler says."""
+    log: list[str] = []
+    code = compiler.compile_cubin(FOLDER / f"{kernel}.cu", arch, dict(macros), log)
+    assert code[:4] == b"\x7fELF"
+    return "".join(log)
+
+
+def check(kernel: str, arch: str, macros) -> None:
+    text = report(kernel, arch, macros)
+    assert "bytes spill stores" in text and "Used" in text
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", text)]
+    allowed = SPILL_BYTES_NEWEST if arch in ("sm_100", "sm_120") else SPILL_BYTES
+    assert max(spills) <= allowed[kernel], text
+    assert max([0, *(int(count) for count in re.findall(r"(\d+) bytes smem", text))]) <= SHARED_BYTES, text
+
+
+@pytest.mark.parametrize(("case", "arch"), [(c, a) for c in CASES for a in ARCHS if c in EVERYWHERE or a == "sm_90"])
+def test_the_scan_compiles(case: str, arch: str) -> None:
+    work = CASES[case]
+    for states in (2, 4, 8):
+        if 2 <= work.padded // states <= 16:
+            check("forward", arch, work.macros(states, EVERY=64))
+    states = min(8, work.padded // 2)
+    check("summary", arch, work.macros(states, REVERSE=0, MM=work.inputs["BM"]))
+    check("summary", arch, work.macros(states, REVERSE=1, MM=work.inputs["CM"]))
+    check("backward", arch, work.backward_shape()[2])
+
+
+def test_every_kernel_file_is_compiled_here() -> None:
+    assert {file.stem for file in FOLDER.parent.rglob("*.cu")} == set(SPILL_BYTES)
+
+
+def test_a_mistake_in_the_source_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.cu"
+    file.write_text('extern "C" __global__ void wrong() { int x = nothing; }\n')
+    with pytest.raises(Exception, match='identifier "nothing" is undefined'):
+        compiler.compile_cubin(file, "sm_90", {})
+
+
+def test_machine_code_is_kept_until_the_source_or_a_macro_changes(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    file = tmp_path / "set.cu"
+    file.write_text('extern "C" __global__ void set(float* to) { *to = VALUE; }\n')
+    first = compiler.cubin(file, "sm_90", {"VALUE": 1})
+    assert "compiling" in capsys.readouterr().err
+    assert compiler.cubin(file, "sm_90", {"VALUE": 1}) == first
+    assert capsys.readouterr().err == ""
+    assert compiler.cubin(file, "sm_90", {"VALUE": 2}) != first
+    assert len(list((tmp_path / "statespan").glob("*.cubin"))) == 2
+
+
+def test_headers_are_put_in_their_places() -> None:
+    text = compiler.source_of(FOLDER / "forward.cu")
+    assert "#include" not in text
+    assert all(name in text for name in (": 16) Vector {", "struct Rows {", "scan_forward"))

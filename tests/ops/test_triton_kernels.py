@@ -1,0 +1,130 @@
+"""The Triton kernels without a GPU: each compiles for every target without spilling, and is right in the interpreter.
+
+`make triton-releases` repeats the compilation with every Triton release that is supported.
+"""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if sys.platform != "linux":
+    pytest.skip("Triton is published for Linux only", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+BACKENDS = {
+    op: import_module(f"statespan.ops.{op}.triton_backend")
+    for op in ("rms_norm", "causal_conv1d", "state_update", "linear_cross_entropy")
+}
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+TARGETS = {
+    **{name: GPUTarget("cuda", int(name[3:]), 32) for name in SHARED_KIB if name.startswith("sm_")},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+BF16 = torch.bfloat16
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def launch_all() -> None:
+    """Every kernel once or more, at the sizes of a 2.7b model."""
+    norm, conv, update, loss = BACKENDS.values()
+    x, residual, weight = empty(64, 5120, dtype=BF16), empty(64, 5120), empty(5120)
+    norm.add_rms_norm(x, residual, weight, 1e-5, BF16)
+    norm.rms_norm_backward(x, residual, residual, weight, 1e-5)
+    norm.gated_rms_norm(x, x, weight, 1e-5, 5120, False)
+    norm.gated_rms_norm_backward(x, x, x, weight, 1e-5, 5120, False)
+
+    x, taps, bias = empty(2, 300, 10240, dtype=BF16)[..., :5120], empty(5120, 4), empty(5120)
+    grad, state, segments = empty(2, 300, 5120, dtype=BF16), empty(2, 3, 5120, dtype=BF16), empty(2, 300).long()
+    conv.forward(x, taps, bias, None, None, True)
+    conv.forward(x, taps, bias, state, segments, True)
+    conv.backward(grad, state, x, taps, bias, None, None, True)
+    conv.backward(grad, state, x, taps, bias, state, segments, True)
+    conv.update(state, x[:, 0], taps, bias, True)
+
+    x, B = x[:, 0], empty(2, 1, 16, dtype=BF16)
+    update.selective_state_update(
+        empty(2, 5120, 16), x, x, empty(5120, 16), B, B, bias, x, bias, True, discretization="zoh"
+    )
+    B, D = empty(2, 1, 128, dtype=BF16), empty(80)
+    x, dt = empty(2, 80, 64, dtype=BF16), empty(2, 80, dtype=BF16)
+    update.ssd_state_update(empty(2, 80, 64, 128), x, dt, D, B, B, D, D, True, (0.0, float("inf")), "mamba")
+
+    loss.losses_and_gradients(empty(9, 5056)[:, :5003], torch.arange(9), None, True)
+
+
+def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
+    """The kernel for these arguments, specialised as a launch would."""
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        aligned = value.data_ptr() % 16 == 0 if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        else:
+            aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+@pytest.fixture
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[ASTSource, dict[str, int]]]:
+    """What the backends would launch on a GPU of the test's target."""
+    found = []
+
+    def record(kernel: JITFunction, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        options = {name: named.pop(name) for name in ("num_warps",)}
+        found.append((source_of(kernel, dict(zip(kernel.arg_names, values, strict=False)) | named), options))
+
+    shared = SHARED_KIB[request.node.callspec.params["target"]] << 10
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(BACKENDS["rms_norm"], "shared_memory", lambda device: shared)
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "multiprocessors", lambda device: 132, raising=False)
+    launch_all()
+    return found
+
+
+@pytest.mark.parametrize("target", SHARED_KIB)
+def test_every_kernel_compiles_and_fits(
+    target: str, launches: list[tuple[ASTSource, dict[str, int]]], tmp_path: Path
+) -> None:
+    assert len(launches) == 12
+    for source, options in launches:
+        compiled = triton.compile(source, target=TARGETS[target], options=options)
+        assert compiled.metadata.shared <= SHARED_KIB[target] << 10, source.name
+        if target.startswith("sm_"):
+            (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert "LOCAL:0" in usage, f"{source.name}: {usage}"
+            assert "STACK:0" in usage, f"{source.name} spills registers: {usage}"
+
+
+@pytest.mark.parametrize("group", ["rms_norm", "causal_conv1d", "state_update", "linear_cross_entropy"])
+def test_values_in_the_interpreter(group: str) -> None:
+    script = Path(__file__).parent / "triton_interpreter.py"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+    run = subprocess.run([sys.executable, str(script), group], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith(group), "the script says how many values it compared"
