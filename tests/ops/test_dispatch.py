@@ -86,3 +86,13 @@ def test_gradients_inside_a_kernel(mode):
     with mode():
         found = gradients(lambda x, _, w: (x * w, x.detach()), (x, None, w), (upstream, upstream))
     assert torch.equal(found[0], upstream * w) and found[1] is None and torch.equal(found[2], upstream * x)
+
+
+def test_sizes_that_a_backend_cannot_take_go_to_the_next_or_are_refused():
+    limit = (("cpu", "its kernels hold less"),)
+    assert dispatch.resolve("causal_conv1d", "auto", CPU, too_large=limit) == "torch"
+    assert dispatch.resolve("causal_conv1d", "torch", CPU, too_large=limit) == "torch"
+    with pytest.raises(
+        BackendUnavailable, match="backend 'cpu' of causal_conv1d cannot run here: its kernels hold less"
+    ):
+        dispatch.resolve("causal_conv1d", "cpu", CPU, too_large=limit)

@@ -1,11 +1,13 @@
 """Checks of an op's arguments, each with one clear line when it fails."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from statespan.errors import UnknownName, UserError
 
-DISCRETIZATIONS = ("bilinear", "mamba", "zoh")
+DISCRETIZATIONS = {"mamba": 0, "zoh": 1, "bilinear": 2}  # and the numbers by which kernels know them
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
@@ -26,7 +28,7 @@ def check_groups(op: str, groups: int, letter: str, count: int) -> None:
         raise UserError(f"{op}: the {groups} groups of B and C must divide {letter} = {count}")
 
 
-def check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
+def check_name(kind: str, name: str, known: Collection[str]) -> None:
     """Raise UnknownName, with the nearest known one, unless the name is known."""
     if name not in known:
         raise UnknownName(kind, name, known)

@@ -116,17 +116,22 @@ OPS: dict[str, tuple[str, ...]] = {
 
 
 @cache
-def resolve(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
+def resolve(
+    op: str, backend: str, device: torch.device, *dtypes: torch.dtype, too_large: tuple[tuple[str, str], ...] = ()
+) -> str:
     """The name of the backend that runs `op` on `device` with tensors of `dtypes`.
+
+    `too_large` has the backends that cannot take these sizes, which the op knows, each with the reason.
 
     Raises UnknownName for a name that is no backend of the op, BackendUnavailable where a named one cannot run.
     """
-    candidates = OPS[op]
+    candidates, limits = OPS[op], dict(too_large)
     if backend == "auto":
-        return next(name for name in candidates if BACKENDS[name].why_not(device, dtypes) is None)
+        able = (name for name in candidates if name not in limits)
+        return next(name for name in able if BACKENDS[name].why_not(device, dtypes) is None)
     if backend not in candidates:
         raise UnknownName(f"backend of {op}", backend, candidates)
-    reason = BACKENDS[backend].why_not(device, dtypes)
+    reason = BACKENDS[backend].why_not(device, dtypes) or limits.get(backend)
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} of {op} cannot run here: {reason}")
     return backend

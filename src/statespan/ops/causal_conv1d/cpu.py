@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from statespan.ops.layout import last_contiguous
 from statespan.ops.numba_kernels import Kernel, num_workers, scratch
 
 _MODULE = "statespan.ops.causal_conv1d.cpu_kernels"
@@ -30,10 +31,6 @@ ALONE = 1 << 15  # values that one thread has updated before another is awake
 BF16 = torch.bfloat16
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _blocks(batch: int, channels: int) -> tuple[int, int]:
     """How many blocks of channels and their size: two work items for each thread, within 128 to 768 channels.
 
@@ -50,7 +47,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state of `statespan.ops.causal_conv1d`."""
     (batch, length, channels), taps = x.shape, weight.shape[1]
-    x = _channels_last(x)
+    x = last_contiguous(x)
     y, final_state = torch.empty(x.shape, dtype=x.dtype), torch.empty(batch, taps - 1, channels, dtype=x.dtype)
     num_blocks, block = _blocks(batch, channels)
     workers = num_workers(batch * num_blocks)
@@ -90,7 +87,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state."""
     (batch, length, channels), taps = x.shape, weight.shape[1]
-    x, grad_y = _channels_last(x), _channels_last(grad_y)
+    x, grad_y = last_contiguous(x), last_contiguous(grad_y)
     num_blocks, block = _blocks(batch, channels)
     workers = num_workers(batch * num_blocks)
     transposed = weight.t().to(torch.float32).contiguous()
@@ -133,7 +130,7 @@ def backward(
 def update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
     """y and the next window of `statespan.ops.causal_conv1d_update`."""
     state = (state if state.dtype is x.dtype else state.to(x.dtype)).contiguous()
-    x, weight = _channels_last(x), weight.contiguous()
+    x, weight = last_contiguous(x), weight.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype is weight.dtype else bias.to(weight.dtype)).contiguous()
     batch, channels = x.shape

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from statespan.ops.causal_conv1d import triton_kernels as kernels
-from statespan.ops.triton_kernels import last_contiguous, multiprocessors, on, power_of_two
+from statespan.ops.layout import last_contiguous
+from statespan.ops.triton_kernels import multiprocessors, on, power_of_two
 
 UNROLL = 4  # tokens whose loads are in flight at once
 SEARCH = 128  # tokens that are looked through at once for one that is no padding

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.ops.activation import GATED
+from statespan.ops.arguments import DISCRETIZATIONS
 from statespan.ops.decode_step.weights import FeedForwardWeights, Mamba1Weights, Mamba2Weights, Projection
+from statespan.ops.layout import contiguous_float32
+from statespan.ops.linear.cpu import ALONE_BYTES, KINDS, rows_per_item
 from statespan.ops.numba_kernels import Kernel, num_workers
-from statespan.ops.state_update.cpu import DISCRETIZATIONS
 
 _mamba1 = Kernel(
     "statespan.ops.decode_step.cpu_kernels",
@@ -41,23 +43,15 @@ _feed_forward = Kernel(
 
 BF16 = torch.bfloat16
 FLOATS = (torch.float32, BF16)
-KINDS = {torch.float32: 0, BF16: 1, torch.int8: 2}  # of weights, as in linear's kernels
 FEW_ROWS = {torch.float32: 8, BF16: 4, torch.int8: 8}  # beyond them matrix units win
-ACTIVATIONS = {"silu": 0, "swiglu": 0, "relu": 1}  # the exact GELU stays with PyTorch
-BLOCK_BYTES, BLOCKS = 1 << 17, 16  # most weights of a work item, fewest items of a projection
+SILU, RELU = 0, 1
+ACTIVATIONS = {"silu": SILU, "swiglu": SILU, "relu": RELU}  # the exact GELU stays with PyTorch
 CHANNEL_BLOCK = 64
-ALONE_BYTES = 1 << 17  # weights that one thread has read before another is awake
 LINE = 16  # float32 values of a cache line
 
 
 def _num_blocks(size: int, block: int) -> int:
     return (size + block - 1) // block
-
-
-def _block(projection: Projection) -> int:
-    """Output rows of a projection's work item."""
-    outputs, inputs = projection.weight.shape[-2:]
-    return max(1, min(BLOCK_BYTES // (inputs * projection.weight.element_size()), outputs // BLOCKS))
 
 
 def _workers(projection: Projection, num_items: int) -> int:
@@ -90,7 +84,7 @@ class Addresses:
 
     def projection(self, projection: Projection) -> tuple[int, int, int]:
         """Of weight, scale and bias; a bias becomes float32."""
-        bias = None if projection.bias is None else projection.bias.to(torch.float32).contiguous()
+        bias = None if projection.bias is None else contiguous_float32(projection.bias)
         return self.of(projection.weight), self.of(projection.scale), self.of(bias)
 
     def scratch(self, *sizes: int) -> list[int]:
@@ -114,7 +108,11 @@ def mamba1(
         return None
     (channels, states), rank, hidden_size = w.A_log.shape, w.dt_proj.weight.shape[1], w.norm.shape[0]
     selection = rank + 2 * states
-    in_block, x_block, out_block = _block(w.in_proj), _block(w.x_proj), _block(w.out_proj)
+    in_block, x_block, out_block = (
+        rows_per_item(w.in_proj.weight),
+        rows_per_item(w.x_proj.weight),
+        rows_per_item(w.out_proj.weight),
+    )
     num_items = (
         num_rows
         + _num_blocks(2 * channels, in_block)
@@ -168,7 +166,7 @@ def mamba2(
         return None
     hidden_size, channels = w.out_proj.weight.shape
     (conv_size, taps), heads = w.conv_weight.shape, w.A_log.shape[0]
-    in_block, out_block = _block(w.in_proj), _block(w.out_proj)
+    in_block, out_block = rows_per_item(w.in_proj.weight), rows_per_item(w.out_proj.weight)
     num_items = (
         num_rows
         + _num_blocks(w.in_proj.weight.shape[0], in_block)
@@ -245,16 +243,18 @@ def _mixer_step(
 def feed_forward(weights: FeedForwardWeights, num_rows: int, hidden_dtype: torch.dtype) -> Callable[..., Any] | None:
     """The prepared step, see `statespan.ops.decode_step.prepare`."""
     w, address, router = weights, Addresses(), weights.router
-    routing = [] if router is None else [Projection(router.weight)]
     if w.activation not in ACTIVATIONS or not can_run(num_rows, [w.up_proj, w.down_proj], [w.norm], []):
         return None
-    if any(projection.weight.dtype not in FLOATS or not projection.weight.is_contiguous() for projection in routing):
-        return None
+    matrix = bias = 0
+    if router is not None:
+        if router.weight.dtype not in FLOATS or not router.weight.is_contiguous():
+            return None
+        matrix, _, bias = address.projection(Projection(router.weight, None, router.bias))
     hidden_size, inner_size = w.down_proj.weight.shape[-2:]
     experts, top_k = (0, 1) if router is None else (router.weight.shape[0], router.top_k)
     groups = 1 if router is None else num_rows * top_k
     gated = w.activation in GATED
-    up_block, down_block = _block(w.up_proj), _block(w.down_proj)
+    up_block, down_block = rows_per_item(w.up_proj.weight), rows_per_item(w.down_proj.weight)
     up_block = up_block // 2 if gated and up_block > 1 else up_block  # an item reads gate and up
     num_items = num_rows + groups * _num_blocks(inner_size, up_block) + _num_blocks(hidden_size, down_block)
     sizes = (num_rows * hidden_size, num_rows * experts, 2 * num_rows * top_k, num_rows * top_k)
@@ -265,7 +265,8 @@ def feed_forward(weights: FeedForwardWeights, num_rows: int, hidden_dtype: torch
         2,
         *address.scratch(*sizes, inner, inner, groups * hidden_size, num_rows * hidden_size),
         address.of(w.norm),
-        *((0, 0) if router is None else _router_addresses(address, router.weight, router.bias)),
+        matrix,
+        bias,
         *address.projection(w.up_proj),
         *address.projection(w.down_proj),
         *(num_rows, hidden_size, inner_size, experts, top_k, up_block, down_block),
@@ -289,8 +290,3 @@ def feed_forward(weights: FeedForwardWeights, num_rows: int, hidden_dtype: torch
 
     step.memory = address  # type: ignore[attr-defined]  # lives as long as the step
     return step
-
-
-def _router_addresses(address: Addresses, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    matrix, _, vector = address.projection(Projection(weight, None, bias))
-    return matrix, vector

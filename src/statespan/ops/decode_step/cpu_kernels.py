@@ -12,14 +12,12 @@ from statespan.ops.numba_kernels.gates import fast_silu
 from statespan.ops.numba_kernels.phases import wait_until
 from statespan.ops.numba_kernels.vector import (
     WIDTH,
-    broadcast,
-    horizontal_sum,
     jit,
     load_any,
-    square_root,
     store_any,
     zeros,
 )
+from statespan.ops.rms_norm.cpu_kernels import inverse_rms
 from statespan.ops.state_update.cpu_kernels import update_channels, update_head
 
 
@@ -44,7 +42,7 @@ def rms_norm(x, x_bf16, y, size, weight, weight_bf16, epsilon):
     for i in range(0, size, WIDTH):
         value = load_any(x, i, size - i, x_bf16)
         total = value * value + total
-    scale = 1.0 / square_root(broadcast(horizontal_sum(total) / size + epsilon))
+    scale = inverse_rms(total, size, epsilon)
     for i in range(0, size, WIDTH):
         value = load_any(x, i, size - i, x_bf16) * scale * load_any(weight, i, size - i, weight_bf16)
         store_any(y, i, value, size - i, 0)

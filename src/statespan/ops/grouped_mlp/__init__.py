@@ -113,11 +113,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     experts = Experts(up_proj, down_proj, up_bias, down_bias)
-    with torch.autocast(x.device.type, enabled=False):
-        if resolve("grouped_mlp", backend, x.device, x.dtype) == "reference":
-            y = reference.grouped_mlp(x, expert_index, expert_weight, experts, activation)
-            return y, x.new_empty(0, up_proj.shape[1])
-        return by_expert.forward(x, expert_index, expert_weight, experts, activation, keep)
+    return _run(x, expert_index, expert_weight, experts, activation, keep, backend)
 
 
 def _forward_int8(
@@ -134,10 +130,24 @@ def _forward_int8(
     backend: str,
 ) -> Tensor:
     experts = Experts(up_proj, down_proj, up_bias, down_bias, up_scale, down_scale)
+    return _run(x, expert_index, expert_weight, experts, activation, False, backend)[0]
+
+
+def _run(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    experts: Experts,
+    activation: str,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y, and with `keep` what the backward needs."""
     with torch.autocast(x.device.type, enabled=False):
         if resolve("grouped_mlp", backend, x.device, x.dtype) == "reference":
-            return reference.grouped_mlp(x, expert_index, expert_weight, experts, activation)
-        return by_expert.forward(x, expert_index, expert_weight, experts, activation, keep=False)[0]
+            y = reference.grouped_mlp(x, expert_index, expert_weight, experts, activation)
+            return y, x.new_empty(0, experts.up_proj.shape[1])
+        return by_expert.forward(x, expert_index, expert_weight, experts, activation, keep)
 
 
 def _backward(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from statespan.ops.layout import contiguous_float32
 from statespan.ops.numba_kernels import Kernel, num_workers
 
 _ARGUMENTS = "x weight scale bias y rows inputs outputs outputs_per_item row_stride y_bf16"
@@ -18,11 +19,14 @@ _KERNELS = {
 ITEM_BYTES = 1 << 17  # most weights of a work item: long streams are read fastest
 ITEMS = 16  # fewest work items of a matrix, so that no thread waits long for the last one
 ALONE_BYTES = 1 << 17  # weights that one thread has read before another is awake
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # kinds of weights
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
-def _plain(x: Tensor) -> Tensor:
-    """x contiguous in float32."""
-    return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous()
+def rows_per_item(weight: Tensor) -> int:
+    """Rows of a matrix [.. o i] that a work item streams."""
+    outputs, inputs = weight.shape[-2:]
+    return max(1, min(ITEM_BYTES // (inputs * weight.element_size()), outputs // ITEMS))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -30,15 +34,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None)
     outputs, inputs = weight.shape
     y = x.new_empty((*x.shape[:-1], outputs))
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    row_bytes = inputs * weight.element_size()
-    outputs_per_item = max(1, min(ITEM_BYTES // row_bytes, outputs // ITEMS))
+    outputs_per_item = rows_per_item(weight)
     num_items = (outputs + outputs_per_item - 1) // outputs_per_item
-    x = _plain(x)
-    bias = None if bias is None else _plain(bias)
-    scale = None if scale is None else _plain(scale)
+    x = contiguous_float32(x)
+    bias = None if bias is None else contiguous_float32(bias)
+    scale = None if scale is None else contiguous_float32(scale)
     _KERNELS[weight.dtype].launch(
         num_items,
-        1 if outputs * row_bytes < ALONE_BYTES else num_workers(num_items),
+        1 if weight.nbytes < ALONE_BYTES else num_workers(num_items),
         x.data_ptr(),
         weight.data_ptr(),
         0 if scale is None else scale.data_ptr(),

@@ -6,6 +6,7 @@ A work item is a block of weight rows, read from the first to the last as one st
 stay in the cache.
 """
 
+from statespan.ops.linear.cpu import BFLOAT16, FLOAT32, INT8
 from statespan.ops.numba_kernels.loads import load_first_int8_as_float, load_int8_as_float, store_scalar_bf16
 from statespan.ops.numba_kernels.vector import (
     WIDTH,
@@ -21,7 +22,6 @@ from statespan.ops.numba_kernels.vector import (
     zeros,
 )
 
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 AHEAD = 4096
 
 

@@ -13,6 +13,8 @@ from statespan.ops.rms_norm import reference
 
 __all__ = ["gated_rms_norm", "rms_norm"]
 
+MAX_TRITON_WIDTH = 1 << 16  # channels that are normalised together: what fits the registers of one program
+
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, backend: str = "auto") -> Any:
     """Root mean square normalisation: y = x / sqrt(mean(x^2) + eps) * weight   (arXiv 1910.07467, eq. 4).
@@ -92,7 +94,11 @@ def _kernels(
     backend: str, *tensors: Tensor, op: str = "rms_norm", dtype: torch.dtype = torch.float32, width: int = 1
 ) -> Any:
     """The module of the kernels, or None where the reference runs; `width` channels are normalised together."""
-    match resolve(op, backend, tensors[0].device, dtype, *(tensor.dtype for tensor in tensors)):
+    too_large = ()
+    if width > MAX_TRITON_WIDTH:
+        too_large = (("triton", f"a program holds a row of up to {MAX_TRITON_WIDTH} channels, not {width}"),)
+    dtypes = (dtype, *(tensor.dtype for tensor in tensors))
+    match resolve(op, backend, tensors[0].device, *dtypes, too_large=too_large):
         case "cpu":
             from statespan.ops.rms_norm import cpu  # loads compiled kernels, so imported when it runs
 
@@ -100,7 +106,7 @@ def _kernels(
         case "triton":
             from statespan.ops.rms_norm import triton_backend  # imports Triton, so imported when it runs
 
-            return triton_backend if triton_backend.fits(width) else None
+            return triton_backend
         case _:
             return None
 

@@ -16,7 +16,7 @@ from statespan.ops.numba_kernels.vector import (
 
 
 @jit
-def _inverse_rms(square, count, eps):
+def inverse_rms(square, count, eps):
     """1 / sqrt(mean square + eps) from the vector of partial sums."""
     return 1.0 / square_root(broadcast(horizontal_sum(square) / count + eps))
 
@@ -39,7 +39,7 @@ def forward(
         for c in range(0, channels, WIDTH):
             h = load_any(source, start + c, channels - c, source_bf16)
             square = square + h * h
-        scale = _inverse_rms(square, channels, eps)
+        scale = inverse_rms(square, channels, eps)
         for c in range(0, channels, WIDTH):
             h = load_any(source, start + c, channels - c, source_bf16)
             w = load_any(weight, c, channels - c, weight_bf16)
@@ -60,7 +60,7 @@ def backward(
             g = load_any(grad_y, row * grad_y_stride + c, channels - c, grad_y_bf16)
             square = square + h * h
             product = product + h * g * load_any(weight, c, channels - c, weight_bf16)
-        scale = _inverse_rms(square, channels, eps)
+        scale = inverse_rms(square, channels, eps)
         shrink = scale * scale * (horizontal_sum(product) / channels)
         for c in range(0, channels, WIDTH):
             count = channels - c
@@ -92,7 +92,7 @@ def gated_forward(
                 if norm_before_gate == 0:
                     h = gated
                 square = square + h * h
-            scale = _inverse_rms(square, group_size, eps)
+            scale = inverse_rms(square, group_size, eps)
             for c in range(0, group_size, WIDTH):
                 h = load_any(product, c, group_size - c, 0) * scale
                 h = h * load_any(weight, group + c, group_size - c, weight_bf16)
@@ -123,7 +123,7 @@ def gated_backward(
                 if norm_before_gate == 0:
                     h = gated
                 square = square + h * h
-            scale = _inverse_rms(square, group_size, eps)
+            scale = inverse_rms(square, group_size, eps)
             shrink = scale * scale * scale * (horizontal_sum(product) / group_size)
             for c in range(0, group_size, WIDTH):
                 count, at = group_size - c, group + c

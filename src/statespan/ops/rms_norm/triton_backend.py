@@ -9,12 +9,6 @@ from statespan.ops.rms_norm import triton_kernels as kernels
 from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, rows, shared_memory
 
 TILE = 4096  # values that a program has in registers at once: 32 a thread with 4 warps
-WIDEST = 1 << 16  # channels: the most that fit the registers of one program
-
-
-def fits(channels: int) -> bool:
-    """Whether a row of so many channels can be normalised by one program."""
-    return channels <= WIDEST
 
 
 def _tile(num_rows: int, channels: int, device: torch.device) -> tuple[int, int, int]:

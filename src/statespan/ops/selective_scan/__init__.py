@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statespan.errors import BackendUnavailable, UserError
+from statespan.errors import UserError
 from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_groups, check_name, check_shape, needs_gradients
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
@@ -102,15 +102,11 @@ def selective_scan(
 
 def _backend(backend: str, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> str:
     gate = () if z is None else (z.dtype,)
-    name = resolve("selective_scan", backend, u.device, u.dtype, dt.dtype, B.dtype, C.dtype, *gate)
-    if name == "cuda" and B.shape[3] > MAX_CUDA_STATES:
-        if backend == "cuda":
-            raise BackendUnavailable(
-                f"backend 'cuda' of selective_scan cannot run here: its kernels hold up to {MAX_CUDA_STATES} states a"
-                f" channel, and B has {B.shape[3]}"
-            )
-        return "reference"
-    return name
+    too_large = ()
+    if B.shape[3] > MAX_CUDA_STATES:
+        too_large = (("cuda", f"its kernels hold up to {MAX_CUDA_STATES} states a channel, and B has {B.shape[3]}"),)
+    dtypes = (u.dtype, dt.dtype, B.dtype, C.dtype, *gate)
+    return resolve("selective_scan", backend, u.device, *dtypes, too_large=too_large)
 
 
 def _module(name: str) -> Any:

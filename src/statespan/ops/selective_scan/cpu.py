@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statespan.ops.arguments import DISCRETIZATIONS
+from statespan.ops.layout import contiguous_float32, last_contiguous
 from statespan.ops.numba_kernels import Kernel, num_workers, scratch
 from statespan.ops.numba_kernels.host import vector_width
 from statespan.ops.segments import token_marks
@@ -13,7 +15,6 @@ from statespan.ops.segments import token_marks
 CHUNK = 32  # steps; the backward keeps the state before each chunk and computes the others again
 TILE_STATES = 4  # states of a channel that the backward handles at a time
 MAX_BLOCK = 8  # vectors of channels in a work item
-DISCRETIZATIONS = {"mamba": 0, "zoh": 1, "bilinear": 2}
 
 _INPUTS = (
     "u u_b u_t u_bf16 dt dt_b dt_t dt_bf16 z z_b z_t z_bf16 B B_b B_t B_g B_bf16 C C_b C_t C_g C_bf16 "
@@ -108,7 +109,7 @@ def gradients(
         **inputs,
         memory=memory,
         memory_row=memory.shape[1],
-        **_rows("g", _readable(grad_y)),
+        **_rows("g", last_contiguous(grad_y)),
         grad_final=None if grad_final is None else grad_final.transpose(1, 2).contiguous(),
         starts=starts,
         grad_u=grad_u,
@@ -147,14 +148,14 @@ def _inputs(
     block = u.shape[0] * groups * vectors // (4 * torch.get_num_threads())
     block = max(1, min(block, vectors, MAX_BLOCK))
     return {
-        **_rows("u", _readable(u)),
-        **_rows("dt", _readable(dt)),
-        **_rows("z", None if z is None else _readable(z)),
-        **_matrix("B", _readable(B)),
-        **_matrix("C", _readable(C)),
+        **_rows("u", last_contiguous(u)),
+        **_rows("dt", last_contiguous(dt)),
+        **_rows("z", None if z is None else last_contiguous(z)),
+        **_matrix("B", last_contiguous(B)),
+        **_matrix("C", last_contiguous(C)),
         "A": (A.float() * (1 / math.log(2))).t().contiguous(),
-        "D": None if D is None else D.float().contiguous(),
-        "dt_bias": None if dt_bias is None else dt_bias.float().contiguous(),
+        "D": None if D is None else contiguous_float32(D),
+        "dt_bias": None if dt_bias is None else contiguous_float32(dt_bias),
         "marks": None if segments is None else token_marks(segments),
         "length": u.shape[1],
         "channels": channels,
@@ -166,11 +167,6 @@ def _inputs(
         "dt_softplus": dt_softplus,
         "discretization": DISCRETIZATIONS[discretization],
     }
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _rows(name: str, tensor: Tensor | None) -> dict[str, Any]:

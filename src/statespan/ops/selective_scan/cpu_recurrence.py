@@ -11,6 +11,7 @@ exponentials.
 import math
 from typing import NamedTuple
 
+from statespan.ops.arguments import DISCRETIZATIONS
 from statespan.ops.numba_kernels.special_functions import LOG2_E, exp2, exp2_minus_1
 from statespan.ops.numba_kernels.vector import (
     WIDTH,
@@ -27,7 +28,7 @@ from statespan.ops.numba_kernels.vector import (
     zeros,
 )
 from statespan.ops.segments import CONTINUES
-from statespan.ops.selective_scan.cpu import CHUNK, DISCRETIZATIONS
+from statespan.ops.selective_scan.cpu import CHUNK
 
 MAMBA, ZOH = DISCRETIZATIONS["mamba"], DISCRETIZATIONS["zoh"]
 BYTES = 4 * WIDTH  # of a vector

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
+from statespan.ops.arguments import DISCRETIZATIONS
 from statespan.ops.cuda_kernels import Kernel, scalar_type
+from statespan.ops.layout import contiguous_float32, last_contiguous
 from statespan.ops.segments import token_marks
 
 EVERY = 64  # tokens; the backward keeps the state before each EVERY-th token and computes the others again
 THREADS = 128
-DISCRETIZATIONS = {"mamba": 0, "zoh": 1, "bilinear": 2}
 
 # Clocks of a token on a multiprocessor with some blocks, by states a thread: (of one more block, of any), on an H100.
 CLOCKS = {2: (43, 30), 4: (60, 62), 8: (93, 110)}
@@ -91,7 +92,7 @@ def gradients(
     discretization: str,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing."""
-    grad_y = _readable(grad_y.to(u.dtype))
+    grad_y = last_contiguous(grad_y.to(u.dtype))
     scan = Scan(u, dt, A, B, C, D, z, dt_bias, grad_y, segments, dt_softplus, discretization)
     batch, length, groups = scan.batch, scan.length, scan.groups
     new = partial(torch.empty, dtype=torch.float32, device=u.device)
@@ -146,8 +147,8 @@ class Scan:
         for tensor in (dt, A, B, C, D, z, dt_bias, other, segments):
             if tensor is not None and tensor.device != u.device:
                 raise UserError(f"selective_scan: u is on {u.device}, and another tensor on {tensor.device}")
-        u, dt, B, C = _readable(u), _readable(dt), _readable(B), _readable(C)
-        z = None if z is None else _readable(z)
+        u, dt, B, C = last_contiguous(u), last_contiguous(dt), last_contiguous(B), last_contiguous(C)
+        z = None if z is None else last_contiguous(z)
         self.device, (self.batch, self.length, self.channels) = u.device, u.shape
         self.groups, self.states = B.shape[2], A.shape[1]
         self.padded = max(8, 1 << (self.states - 1).bit_length())
@@ -264,11 +265,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _aligned(tensor: Tensor) -> bool:
     """Whether every row begins at a multiple of 16 bytes."""
     size = tensor.element_size()
@@ -277,4 +273,4 @@ def _aligned(tensor: Tensor) -> bool:
 
 
 def _float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+    return None if tensor is None else contiguous_float32(tensor)

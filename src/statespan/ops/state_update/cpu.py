@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from statespan.ops.arguments import DISCRETIZATIONS
+from statespan.ops.layout import contiguous_float32, last_contiguous
 from statespan.ops.numba_kernels import Kernel, num_workers
 
 _MODULE = "statespan.ops.state_update.cpu_kernels"
@@ -22,19 +24,8 @@ _ssd = Kernel(
 )
 
 BF16 = torch.bfloat16
-DISCRETIZATIONS = {"mamba": 0, "zoh": 1, "bilinear": 2}
 CHANNELS_PER_ITEM = 256
 ALONE = 1 << 14  # state values that one thread has updated before another is awake
-
-
-def _last(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension; the outer strides stay."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _plain(x: Tensor) -> Tensor:
-    """x contiguous in float32."""
-    return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous()
 
 
 def _address(x: Tensor | None) -> int:
@@ -56,10 +47,17 @@ def selective_state_update(
 ) -> tuple[Tensor, Tensor]:
     """y and the next state of `statespan.ops.selective_state_update`."""
     batch, channels, states = state.shape
-    state, A, u, dt, B, C = _plain(state), _plain(A), _last(u), _last(dt), _last(B), _last(C)
-    D = None if D is None else _plain(D)
-    dt_bias = None if dt_bias is None else _plain(dt_bias)
-    z = None if z is None else _last(z)
+    state, A, u, dt, B, C = (
+        contiguous_float32(state),
+        contiguous_float32(A),
+        last_contiguous(u),
+        last_contiguous(dt),
+        last_contiguous(B),
+        last_contiguous(C),
+    )
+    D = None if D is None else contiguous_float32(D)
+    dt_bias = None if dt_bias is None else contiguous_float32(dt_bias)
+    z = None if z is None else last_contiguous(z)
     y, next_state = u.new_empty(u.shape), torch.empty_like(state)
     num_items = batch * ((channels + CHANNELS_PER_ITEM - 1) // CHANNELS_PER_ITEM)
     workers = 1 if state.numel() < ALONE else num_workers(num_items)
@@ -114,11 +112,17 @@ def ssd_state_update(
 ) -> tuple[Tensor, Tensor]:
     """y and the next state of `statespan.ops.ssd_state_update`."""
     batch, heads, head_dim, states = state.shape
-    state, A, dt, B, C = _plain(state), _plain(A), _last(dt), _last(B), _last(C)
+    state, A, dt, B, C = (
+        contiguous_float32(state),
+        contiguous_float32(A),
+        last_contiguous(dt),
+        last_contiguous(B),
+        last_contiguous(C),
+    )
     if x.stride(2) != 1 or x.stride(1) != head_dim:
         x = x.contiguous()
-    D = None if D is None else _plain(D)
-    dt_bias = None if dt_bias is None else _plain(dt_bias)
+    D = None if D is None else contiguous_float32(D)
+    dt_bias = None if dt_bias is None else contiguous_float32(dt_bias)
     y, next_state = x.new_empty(x.shape), torch.empty_like(state)
     workers = 1 if state.numel() < ALONE else num_workers(batch * heads)
     _ssd.launch(

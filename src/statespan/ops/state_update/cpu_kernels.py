@@ -4,6 +4,7 @@
 
 import math
 
+from statespan.ops.arguments import DISCRETIZATIONS
 from statespan.ops.numba_kernels.gates import fast_silu
 from statespan.ops.numba_kernels.loads import get_lane, set_lane, store_scalar_bf16
 from statespan.ops.numba_kernels.special_functions import exp2, exp2_minus_1, softplus
@@ -22,7 +23,6 @@ from statespan.ops.numba_kernels.vector import (
     where_less,
     zeros,
 )
-from statespan.ops.state_update.cpu import DISCRETIZATIONS
 
 LOG2_E = 1 / math.log(2)
 MAMBA, ZOH = DISCRETIZATIONS["mamba"], DISCRETIZATIONS["zoh"]

@@ -5,8 +5,9 @@
 import torch
 from torch import Tensor
 
+from statespan.ops.layout import last_contiguous
 from statespan.ops.state_update import triton_kernels as kernels
-from statespan.ops.triton_kernels import last_contiguous, multiprocessors, on, power_of_two
+from statespan.ops.triton_kernels import multiprocessors, on, power_of_two
 
 TILE = 1024  # state values of a program with 2 warps
 

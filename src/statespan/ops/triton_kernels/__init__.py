@@ -6,7 +6,7 @@ before an op resolves to "triton", so that importing Statespan imports no Triton
 
 Rules of the house:
 - Offsets that grow with the number of tokens are int64: `row.to(tl.int64) * stride`.
-- The last dimension is contiguous, all other strides are arguments. `rows` and `last_contiguous` see to it.
+- The last dimension is contiguous, all other strides are arguments. `rows` and `layout.last_contiguous` see to it.
 - An absent tensor is None: Triton compiles a variant of the kernel without it.
 - Sums over programs go to a row of partial sums for each and are added up afterwards, so that results repeat bit by
   bit on one machine.
@@ -19,6 +19,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from statespan.ops.layout import last_contiguous
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -39,11 +41,6 @@ def shared_memory(device: torch.device) -> int:
         return 64 << 10
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-
-
-def last_contiguous(tensor: Tensor) -> Tensor:
-    """`tensor` with a contiguous last dimension; the outer strides stay."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def rows(tensor: Tensor) -> Tensor:
