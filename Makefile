@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU build of torch, where the index has one, spares gigabytes of CUDA libraries.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format clean triton-releases
+.PHONY: demo test check format clean triton-releases sanitize
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,14 @@ triton-releases: $(TRITON_RELEASES:%=build/triton/%/.installed)
 		echo "Triton $$release"; \
 		PYTHONPATH=src build/triton/$$release/bin/python -m pytest -n auto tests/ops/test_triton_kernels.py -k compiles || exit 1; \
 	done
+
+# Every GPU kernel at tiny shapes under NVIDIA's checkers; compute-sanitizer comes with the CUDA toolkit. The first run
+# compiles.
+SANITIZER ?= compute-sanitizer
+sanitize: $(VENV)/.installed
+	$(BIN)/python tests/ops/sanitize.py
+	$(SANITIZER) --tool memcheck --report-api-errors no --error-exitcode 1 $(BIN)/python tests/ops/sanitize.py
+	$(SANITIZER) --tool racecheck --error-exitcode 1 $(BIN)/python tests/ops/sanitize.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix

@@ -23,6 +23,8 @@ SHAPES = {
     (2, 8192, 8192): (1.17, 3.2),
     (1, 8192, 32768): (2.47, 6.6),
 }
+# (batch, channels, length) of the layers of a model in training.
+TRAINING = {(16, 1536, 2048): "130m", (8, 2048, 2048): "370m", (4, 4096, 2048): "1.4b", (1, 2048, 16384): "370m"}
 STATES = (8, 32, 64, 128)  # at 8, 1024, 2048, next to 16
 
 Inputs = dict[str, Any]  # tensors, passed by keyword
@@ -87,6 +89,12 @@ def main() -> None:
         for name, goal, value in zip(("forward", "backward"), goals, time_both(x), strict=True):
             task = f"scan {name}, {batch} x {length} x {channels}, N = 16"
             rows.append(Row(task, system, value, "ms", 0.0, f"goal {goal} ms; error {error:.0e}"))
+    for (batch, channels, length), model in TRAINING.items():
+        x = random_inputs(batch, channels, length, 16)
+        error = check(x)
+        for name, value in zip(("forward", "backward"), time_both(x), strict=True):
+            task = f"scan {name}, {batch} x {length} x {channels}, N = 16"
+            rows.append(Row(task, system, value, "ms", 0.0, f"a layer of {model} in training; error {error:.0e}"))
     base = time_both(random_inputs(8, 1024, 2048, 16))
     for states in STATES:
         x = random_inputs(8, 1024, 2048, states)

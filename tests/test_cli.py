@@ -72,7 +72,7 @@ def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture
     for words in ([], ["--help"], ["-h"]):
         out = works(capsys, *words)
         listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and "statespan" not in line]
-        assert listed == ["demo", "train", "generate", "convert", "inspect", "backends"]
+        assert listed == ["demo", "train", "generate", "convert", "inspect", "tune", "backends"]
     assert works(capsys, "--version") == f"statespan {statespan.__version__}\n"
 
 
@@ -101,6 +101,11 @@ def test_help_ends_in_an_example_that_names_the_command(name: str, capsys: pytes
         (["convert", "a", "b", "--format", "gguf"], "invalid choice: 'gguf'"),
         (["inspect", "jamba-tiny", "--context", "0"], "a context has at least 1 token, got 0"),
         (["inspect", "jamba-tiny", "--context", "4096,long"], "'long' is no length; write tokens, such as 4096,256K"),
+        (["tune", "--op", "rms_nrom"], "unknown op that can be tuned: 'rms_nrom'; did you mean 'rms_norm'?"),
+        (
+            ["tune", "--device", "cpu"],
+            "nothing to tune on cpu: the triton backend cannot run, it runs on NVIDIA and AMD",
+        ),
         (["backends", "--device", "gpu"], "'gpu' is no device; write cpu, cuda, cuda:1 or mps"),
     ],
 )

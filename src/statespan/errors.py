@@ -32,3 +32,9 @@ class DataError(UserError):
 
 class NonFiniteLoss(UserError):
     """Training met a loss that is not a number; the message names the step and the first bad layer."""
+
+
+def first_line(error: BaseException | str, width: int = 160) -> str:
+    """What a library's error says, cut to a part of one line; its kind where it says nothing."""
+    line = str(error).strip().split("\n", 1)[0].strip() or type(error).__name__
+    return line if len(line) <= width else line[: width - 3] + "..."

@@ -104,7 +104,7 @@ def test_what_transformers_cannot_express(config: ModelConfig, reason: str, buil
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("mixer", ["mamba1", "mamba2", "attention", "lstm", "gru"])
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2", "attention", "s4", "s4d", "lssl", "lstm", "gru"])
 @pytest.mark.parametrize("feed_forward", [None, "mlp", "moe"])
 def test_our_format_holds_every_layer(mixer: Any, feed_forward: Any, build_random: Any, tmp_path: Path) -> None:
     config = BASE.replace(

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig, MoEConfig
+from statespan.layers.config import (
+    AttentionConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    MoEConfig,
+    S4Config,
+    S4DConfig,
+)
 from statespan.layers.state import ModelState, RecurrentState
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
@@ -68,14 +76,28 @@ class Scripted:
 class ScriptedDecoder:
     """One token a row."""
 
+    captures = False
+
     def __init__(self, model: Scripted, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
+        self._state: ModelState | None = None
 
-    def __call__(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    def start(self, state: ModelState, room: int) -> None:
+        self._state = state
+
+    def state(self) -> ModelState:
+        assert self._state is not None
+        return self._state
+
+    def captured(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return run
+
+    def __call__(self, ids: Tensor) -> Tensor:
         assert len(ids) == self.batch_size
-        output = self.model(ids.unsqueeze(1), state=state)
+        output = self.model(ids.unsqueeze(1), state=self.state())
         assert output.logits is not None and output.state is not None
-        return output.logits[:, -1], output.state
+        self._state = output.state
+        return output.logits[:, -1]
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +136,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
         {"attention": AttentionConfig(num_heads=4, num_kv_heads=1, rope_theta=50.0, sliding_window=5)},
     ),
     "attention with conv": ("attention mamba2", {"attention": AttentionConfig(num_heads=4, conv_kernel=3)}),
+    "s4": ("s4 s4d lssl", {"s4": S4Config(state_size=8), "s4d": S4DConfig(state_size=6, block="mamba", expand=2)}),
     "lstm": ("lstm lstm", {}),
     "gru": ("gru gru", {}),
     "jamba": ("mamba1+mlp attention+moe mamba1+moe", {"mamba1": Mamba1Config(state_size=5, inner_norms=True)}),

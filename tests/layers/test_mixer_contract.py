@@ -5,11 +5,20 @@ import torch
 from torch import Tensor
 
 from statespan.layers.attention import Attention
-from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config, RecurrentConfig
+from statespan.layers.config import (
+    AttentionConfig,
+    LSSLConfig,
+    Mamba1Config,
+    Mamba2Config,
+    RecurrentConfig,
+    S4Config,
+    S4DConfig,
+)
 from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mamba2 import Mamba2
 from statespan.layers.mixer import Mixer
 from statespan.layers.recurrent import Recurrent
+from statespan.layers.s4 import LSSL, S4, S4D
 
 HIDDEN = 24
 MIXERS = {
@@ -32,6 +41,12 @@ MIXERS = {
         HIDDEN, AttentionConfig(num_heads=4, num_kv_heads=1, rope_theta=50.0, sliding_window=3)
     ),
     "attention-conv": lambda: Attention(HIDDEN, AttentionConfig(num_heads=4, num_kv_heads=2, conv_kernel=4)),
+    "s4": lambda: S4(HIDDEN, S4Config(state_size=6)),
+    "s4-mamba-block": lambda: S4(HIDDEN, S4Config(state_size=4, block="mamba", expand=2)),
+    "s4d": lambda: S4D(HIDDEN, S4DConfig(state_size=6, block="s5", proj_bias=True)),
+    "s4d-h3-block": lambda: S4D(HIDDEN, S4DConfig(state_size=4, block="h3", init="legs", conv_kernel=3)),
+    "s4d-real": lambda: S4D(HIDDEN, S4DConfig(state_size=5, init="real", discretization="bilinear", block="gelu")),
+    "lssl": lambda: LSSL(HIDDEN, LSSLConfig(state_size=5)),
     "lstm": lambda: Recurrent(HIDDEN, RecurrentConfig(), "lstm"),
     "gru": lambda: Recurrent(HIDDEN, RecurrentConfig(bias=False), "gru"),
 }
@@ -155,13 +170,13 @@ def test_a_state_is_a_value(mixer: Mixer) -> None:
 
 
 def test_float32_parameters_survive_a_cast() -> None:
-    for name in ("mamba1", "mamba2"):
+    for name in ("mamba1", "mamba2", "s4", "s4d-h3-block", "s4d-real", "lssl"):
         mixer = MIXERS[name]()
         before = {key: getattr(mixer, key).detach().clone() for key in mixer.float32_parameters}
         mixer.to(torch.bfloat16)
         for key, value in before.items():
             assert getattr(mixer, key).dtype == torch.float32
             assert torch.equal(getattr(mixer, key), value)
-        assert mixer.in_proj.weight.dtype == torch.bfloat16
-        assert mixer.to("meta").A_log.dtype == torch.float32
-        assert mixer.double().A_log.dtype == torch.float64
+        assert mixer.out_proj.weight.dtype == torch.bfloat16
+        assert mixer.to("meta").D.dtype == torch.float32
+        assert mixer.double().D.dtype == torch.float64

@@ -7,11 +7,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from statespan.layers.config import (
     AttentionConfig,
+    LSSLConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
     MoEConfig,
     RecurrentConfig,
+    S4Config,
+    S4DConfig,
 )
 from statespan.models.accounting import (
     count_layer_parameters,
@@ -34,7 +37,7 @@ from statespan.models.presets import preset
 
 GIB = 2**30
 CONTEXT = 256 * 1024
-MIXERS = ["mamba1", "mamba2", "attention", "lstm", "gru"]
+MIXERS = ["mamba1", "mamba2", "attention", "s4", "s4d", "lssl", "lstm", "gru"]
 
 # odd sizes, every option once on and once off
 PLAIN = ModelConfig(
@@ -43,6 +46,9 @@ PLAIN = ModelConfig(
     mamba1=Mamba1Config(state_size=5, conv_kernel=3, dt_rank=7),
     mamba2=Mamba2Config(state_size=6, head_dim=8, num_groups=3),
     attention=AttentionConfig(num_heads=6, num_kv_heads=2),
+    s4=S4Config(state_size=10),
+    s4d=S4DConfig(state_size=6, block="mamba", expand=2),
+    lssl=LSSLConfig(state_size=5, block="s5"),
     mlp=MLPConfig(17),
     moe=MoEConfig(num_experts=5, top_k=2, intermediate_size=9),
 )
@@ -55,6 +61,9 @@ OPTIONS = ModelConfig(
     mamba1=Mamba1Config(expand=3, conv_bias=False, proj_bias=True, inner_norms=True),
     mamba2=Mamba2Config(num_heads=10, head_dim=4, conv_bias=False, proj_bias=True, gated_norm=False),
     attention=AttentionConfig(num_heads=3, head_dim=10, qkv_bias=True, out_bias=True, conv_kernel=4),
+    s4=S4Config(state_size=4, block="h3", conv_kernel=3, proj_bias=True),
+    s4d=S4DConfig(state_size=7, init="real", block="gelu", proj_bias=True),
+    lssl=LSSLConfig(state_size=6, block="mamba"),
     recurrent=RecurrentConfig(bias=False),
     mlp=MLPConfig(17, activation="gelu", bias=True),
     moe=MoEConfig(num_experts=3, top_k=1, intermediate_size=9, activation="relu", bias=True, router_bias=True),
@@ -152,6 +161,9 @@ def test_flops_by_hand() -> None:
         "mamba1": 2 * (24 * 96 + 48 * 3 + 48 * 17 + 7 * 48 + 48 * 24) + 7 * 48 * 5,
         "mamba2": 2 * (24 * (48 + 48 + 36 + 6) + 84 * 4 + 48 * 24) + 5 * 48 * 6,
         "attention": 2 * (24 * 40 + 24 * 24) + 4 * 24 * 100,
+        "s4": 2 * 24 * 48 + 20 * 24 * 10,
+        "s4d": 2 * (24 * 96 + 48 * 4 + 48 * 24) + 7 * 48 * 6,
+        "lssl": 2 * 24 * 24 + 2 * 24 * 5 * 7,
         "lstm": 2 * (2 * 4 * 24 * 24),
         "gru": 2 * (2 * 3 * 24 * 24),
         "mlp": 2 * 3 * 24 * 17,

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig, MoEConfig, RecurrentConfig
+from statespan.layers.config import (
+    AttentionConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    MoEConfig,
+    RecurrentConfig,
+    S4DConfig,
+)
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
@@ -19,6 +27,7 @@ BASE = ModelConfig(
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, rope_theta=100.0, conv_kernel=2),
     mlp=MLPConfig(intermediate_size=40),
     moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=24),
+    s4d=S4DConfig(state_size=8, block="h3"),
     recurrent=RecurrentConfig(),
 )
 LAYERS = {
@@ -27,6 +36,7 @@ LAYERS = {
     "hybrid": ("mamba1+moe", "attention+mlp", "mamba2+moe", "mlp", "moe"),
     "attention": ("attention+mlp", "attention"),
     "recurrent": ("lstm+mlp", "gru"),
+    "time invariant": ("s4+mlp", "s4d", "lssl"),
 }
 
 
@@ -41,10 +51,10 @@ def largest_difference(model: LanguageModel, rows: int = 3, length: int = 7) -> 
     tokens = torch.randint(0, 61, (rows, 4 + length))
     state = model(tokens[:, :4], state=model.new_state(rows)).state
     whole = model(tokens[:, 4:], state=state)
-    decoder, found = model.decoder(rows), []
-    for ids in tokens[:, 4:].unbind(1):
-        logits, state = decoder(ids, state)
-        found.append(logits)
+    decoder = model.decoder(rows)
+    decoder.start(state)
+    found = [decoder(ids) for ids in tokens[:, 4:].unbind(1)]
+    state = decoder.state()
     for layer, truth in zip(state.layers, whole.state.layers, strict=True):
         if layer is not None and hasattr(layer, "ssm"):
             torch.testing.assert_close(layer.ssm, truth.ssm, rtol=0.05, atol=0.05 * float(truth.ssm.abs().max()))
@@ -85,10 +95,12 @@ def test_states_are_values() -> None:
     with torch.inference_mode():
         state = model(torch.randint(0, 61, (2, 5)), state=model.new_state(2)).state
         decoder, other, ids = model.decoder(2), model.decoder(2), torch.tensor([3, 4])
-        first, after = decoder(ids, state)
-        other(torch.tensor([8, 9]), after)
-        second, _ = decoder(ids, state)
-        assert torch.equal(first, second)
+        decoder.start(state)
+        first, after = decoder(ids), decoder.state()
+        other.start(after)
+        other(torch.tensor([8, 9]))
+        decoder.start(state)
+        assert torch.equal(first, decoder(ids))
 
 
 def test_quantised_experts_are_near() -> None:

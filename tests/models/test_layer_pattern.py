@@ -11,6 +11,7 @@ def test_text_of_the_8b_hybrid() -> None:
     layers = [str(layer) for layer in pattern_from_text(text)]
     assert (layers.count("mamba2"), layers.count("attention"), layers.count("mlp")) == (24, 4, 28)
     assert pattern_from_text("M-") == pattern_from_text("M +") == (LayerSpec("mamba2"), LayerSpec(None, "mlp"))
+    assert [str(layer) for layer in pattern_from_text("SD+m")] == ["s4", "s4d", "mlp", "mamba1"]
 
 
 def test_periods_of_jamba() -> None:
@@ -20,7 +21,7 @@ def test_periods_of_jamba() -> None:
     assert {layer.mixer for layer in layers} == {"attention", "mamba1"}
 
 
-@pytest.mark.parametrize("text", ["mamba1", "mlp", "attention+moe", "mamba2+mlp"])
+@pytest.mark.parametrize("text", ["mamba1", "mlp", "attention+moe", "mamba2+mlp", "s4", "s4d+mlp", "lssl+moe"])
 def test_names_round_trip(text: str) -> None:
     assert str(LayerSpec.from_text(text)) == text
 

@@ -15,11 +15,12 @@ from statespan.layers.mlp import MLP
 from statespan.layers.moe import Experts, Int8Experts, MoE
 from statespan.layers.norm import RMSNorm
 from statespan.layers.state import SSMState
-from statespan.ops.decode_step import prepare
+from statespan.ops.decode_step import HeadWeights, Projection, prepare
 
+BACKENDS = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # conftest.py makes the latter's tensors there
 LIMIT = {"float32": 3e-6, "int8": 3e-6, "bfloat16": 2**-8}  # of the largest value; bfloat16 rounds what comes out
 KINDS = ("float32", "bfloat16", "int8")
-HIDDEN = 24
+HIDDEN = 48  # a multiple of what 16 bytes hold, also of int8
 MAMBA1 = {
     "plain": Mamba1Config(state_size=16),
     "odd": Mamba1Config(state_size=5, conv_kernel=3, dt_rank=3, proj_bias=True, conv_bias=False),
@@ -36,12 +37,12 @@ MAMBA2 = {
 }
 FEED_FORWARD = {
     "swiglu": MLPConfig(intermediate_size=40),
-    "relu, bias": MLPConfig(intermediate_size=37, activation="relu", bias=True),
+    "relu, bias": MLPConfig(intermediate_size=48, activation="relu", bias=True),
     "silu": MLPConfig(intermediate_size=16, activation="silu"),
-    "experts": MoEConfig(num_experts=5, top_k=2, intermediate_size=19),
+    "experts": MoEConfig(num_experts=5, top_k=2, intermediate_size=80),
     "renormalised": MoEConfig(num_experts=8, top_k=3, intermediate_size=16, renormalize=True, bias=True),
     "sigmoid": MoEConfig(
-        num_experts=4, top_k=1, intermediate_size=33, score_function="sigmoid", router_bias=True, activation="relu"
+        num_experts=4, top_k=1, intermediate_size=32, score_function="sigmoid", router_bias=True, activation="relu"
     ),
 }
 
@@ -107,21 +108,19 @@ def check_mixer(layer, norm, rows, kind, stream=None):
     dtype = norm.weight.dtype
     stream = stream or dtype
     hidden = torch.randn(rows, HIDDEN).to(stream)
-    empty = layer.new_state(rows, torch.device("cpu"), dtype)
+    empty = layer.new_state(rows, norm.weight.device, dtype)
     state = SSMState(torch.randn(empty.conv.shape).to(dtype), torch.randn(empty.ssm.shape))
     step = prepare(layer.step_weights(norm), rows, stream, dtype)
     assert step is not None
-    before = state.clone()
-    found = step(hidden, state.conv, state.ssm)
-    assert torch.equal(state.conv, before.conv) and torch.equal(state.ssm, before.ssm)
     layer64, norm64 = exact(layer), exact(norm)
-    mixed, after = layer64(norm64(hidden.double()[:, None]), SSMState(state.conv.double(), state.ssm.double()))
-    assert error(found[0], hidden.double() + mixed[:, 0]) < LIMIT[kind if stream == dtype else "float32"]
-    assert state.conv.numel() == 0 or error(found[1], after.conv) < LIMIT["bfloat16" if kind == "int8" else kind]
-    assert error(found[2], after.ssm) < LIMIT["float32"]
-    again = step(*found)  # scratch memory of the first call is in the second's way, if anywhere
-    mixed, _ = layer64(norm64(found[0].double()[:, None]), SSMState(found[1].double(), found[2].double()))
-    assert error(again[0], found[0].double() + mixed[:, 0]) < LIMIT[kind if stream == dtype else "float32"]
+    for _ in range(2):  # scratch memory of the first call is in the second's way, if anywhere
+        mixed, after = layer64(norm64(hidden.double()[:, None]), SSMState(state.conv.double(), state.ssm.double()))
+        truth = hidden.double() + mixed[:, 0]
+        hidden, conv, ssm = step(hidden, state.conv, state.ssm)
+        assert error(hidden, truth) < LIMIT[kind if stream == dtype else "float32"]
+        assert conv.numel() == 0 or error(conv, after.conv) < LIMIT["bfloat16" if kind == "int8" else kind]
+        assert error(ssm, after.ssm) < LIMIT["float32"]
+        state = SSMState(conv, ssm)
 
 
 def bfloat16_limits(kind: str) -> str:
@@ -131,7 +130,8 @@ def bfloat16_limits(kind: str) -> str:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MAMBA1)
-def test_mamba1_equals_float64(name, kind, rows):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mamba1_equals_float64(name, kind, rows, backend):
     torch.manual_seed(0)
     layer, norm = built(Mamba1(HIDDEN, MAMBA1[name]), kind)
     check_mixer(layer, norm, rows, bfloat16_limits(kind))
@@ -140,20 +140,23 @@ def test_mamba1_equals_float64(name, kind, rows):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MAMBA2)
-def test_mamba2_equals_float64(name, kind, rows):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mamba2_equals_float64(name, kind, rows, backend):
     torch.manual_seed(1)
     layer, norm = built(Mamba2(HIDDEN, MAMBA2[name]), kind)
     check_mixer(layer, norm, rows, bfloat16_limits(kind))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8])
-def test_more_rows(rows):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_rows(rows, backend):
     torch.manual_seed(2)
     check_mixer(*built(Mamba1(HIDDEN, MAMBA1["inner norms"]), "float32"), rows, "float32")
     check_mixer(*built(Mamba2(HIDDEN, MAMBA2["groups"]), "float32"), rows, "float32")
 
 
-def test_a_float32_residual_stream_is_not_rounded():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float32_residual_stream_is_not_rounded(backend):
     torch.manual_seed(3)
     check_mixer(*built(Mamba1(HIDDEN, MAMBA1["plain"]), "bfloat16"), 2, "bfloat16", stream=torch.float32)
 
@@ -161,7 +164,8 @@ def test_a_float32_residual_stream_is_not_rounded():
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FEED_FORWARD)
-def test_feed_forward_equals_float64(name, kind, rows):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feed_forward_equals_float64(name, kind, rows, backend):
     torch.manual_seed(4)
     config = FEED_FORWARD[name]
     layer, norm = built((MLP if isinstance(config, MLPConfig) else MoE)(HIDDEN, config), kind)
@@ -170,8 +174,65 @@ def test_feed_forward_equals_float64(name, kind, rows):
     assert step is not None
     layer64, norm64 = exact(layer), exact(norm)
     truth = hidden.double() + layer64(norm64(hidden.double()[:, None]))[0][:, 0]
-    assert error(step(hidden), truth) < LIMIT[bfloat16_limits(kind)]
-    assert torch.equal(step(hidden), step(hidden))
+    first = step(hidden.clone())
+    assert error(first, truth) < LIMIT[bfloat16_limits(kind)]
+    assert torch.equal(first, step(hidden.clone()))
+
+
+def check_many(layer, norm, rows, stream):
+    """What passes between the parts is rounded here too: hardly more than in the layer's own forward."""
+    dtype = norm.weight.dtype
+    hidden, empty = torch.randn(rows, HIDDEN).to(stream), layer.new_state(rows, norm.weight.device, dtype)
+    state = SSMState(torch.randn(empty.conv.shape).to(dtype), torch.randn(empty.ssm.shape))
+    exact_state = SSMState(state.conv.double(), state.ssm.double())
+    mixed, after = exact(layer)(exact(norm)(hidden.double()[:, None]), exact_state)
+    truth = hidden.double() + mixed[:, 0]
+    plain, plain_after = layer(norm(hidden[:, None]), state)
+    step = prepare(layer.step_weights(norm), rows, stream, dtype)
+    assert step is not None
+    found = step(hidden.clone(), state.conv.clone(), state.ssm.clone())
+    wanted = (hidden + plain[:, 0], plain_after.conv, plain_after.ssm)
+    for ours, theirs, value in zip(found, wanted, (truth, after.conv, after.ssm), strict=True):
+        distance, plain_distance = ((x.double() - value).norm() for x in (ours, theirs))
+        assert distance <= max(2 * plain_distance, 3e-6 * value.norm())
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [9, 20])
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_many_rows_on_a_gpu(kind, rows, backend):
+    torch.manual_seed(6)
+    for config in MAMBA1.values():
+        layer, norm = built(Mamba1(HIDDEN, config), kind)
+        check_many(layer, norm, rows, norm.weight.dtype)
+        check_many(layer, norm, rows, torch.float32)
+    for config in MAMBA2.values():
+        check_many(*built(Mamba2(HIDDEN, config), kind), rows, torch.float32)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("width", [160, 768, 2560, 4352])
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_the_head_on_a_gpu(width, rows, backend):
+    """Every plan of the division of the work: rows that share a warp, warps that share a row, several rounds."""
+    hidden, norm = torch.randn(rows, width), torch.rand(width) + 0.5
+    for outputs in (5, 333, 9001):
+        weight = torch.randn(outputs + 3, width).bfloat16()
+        head = prepare(HeadWeights(norm, 1e-5, Projection(weight), outputs), rows, torch.float32, torch.bfloat16)
+        wide = hidden.double()
+        normed = wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * norm.double()
+        assert error(head(hidden), normed @ weight[:outputs].double().t()) < 3e-6
+
+
+def test_the_cpu_leaves_states_as_they_are():
+    layer, norm = built(Mamba1(HIDDEN, MAMBA1["plain"]), "float32")
+    step = prepare(layer.step_weights(norm), 2, torch.float32, torch.float32)
+    state = layer.new_state(2, torch.device("cpu"), torch.float32)
+    before = state.clone()
+    step(torch.randn(2, HIDDEN), state.conv, state.ssm)
+    assert torch.equal(state.conv, before.conv) and torch.equal(state.ssm, before.ssm)
 
 
 def test_two_threads_and_one_agree():

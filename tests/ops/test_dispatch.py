@@ -1,21 +1,41 @@
 """Which backend runs, and what is said where it cannot."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from statespan.errors import BackendUnavailable, UnknownName
-from statespan.ops import dispatch
+from statespan.ops import dispatch, notices
+from statespan.ops.cuda_kernels import compiler
 from statespan.ops.custom_op import gradients
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU, META, GPU = torch.device("cpu"), torch.device("meta"), torch.device("cuda:0")
+
+
+def forget() -> None:
+    for function in (dispatch.resolve, dispatch._no_numba, dispatch._no_cuda_core, dispatch._no_triton):
+        function.cache_clear()
 
 
 @pytest.fixture
-def without_numba(monkeypatch):
-    monkeypatch.setattr(dispatch, "_why_not_numba", lambda: "numba is not installed; pip install numba")
-    dispatch.resolve.cache_clear()
-    yield
-    dispatch.resolve.cache_clear()
+def packages(monkeypatch):
+    """The packages that are installed, to be taken from, on a machine with an H100; nothing was said so far."""
+    found = {"numba", "triton", "cuda", "cuda.core"}
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: name if name in found else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(compiler, "why_not", lambda capability: None)
+    monkeypatch.setattr(notices, "_said", set())
+    forget()
+    yield found
+    forget()
+
+
+@pytest.fixture
+def without_numba(packages):
+    packages.remove("numba")
 
 
 def test_auto_takes_the_first_that_can_run():
@@ -96,3 +116,145 @@ def test_sizes_that_a_backend_cannot_take_go_to_the_next_or_are_refused():
         BackendUnavailable, match="backend 'cpu' of causal_conv1d cannot run here: its kernels hold less"
     ):
         dispatch.resolve("causal_conv1d", "cpu", CPU, too_large=limit)
+
+
+# What "auto" says where it passes a better backend over.
+
+
+def line_of(name: str) -> str:
+    return f"statespan: selective_scan on cuda:0 runs on its slower backend {name!r}."
+
+
+def test_a_missing_package_is_told_once_for_each_op(packages, capfd):
+    packages -= {"triton", "cuda.core"}
+    assert dispatch.resolve("selective_scan", "auto", GPU, torch.float32) == "reference"
+    assert dispatch.resolve("selective_scan", "auto", GPU, torch.bfloat16) == "reference"
+    said = capfd.readouterr().err
+    assert said.startswith(line_of("reference")) and said.count("\n") == 1
+    assert "'cuda': cuda-core is not installed; pip install 'statespan[cuda]'" in said
+    dispatch.resolve("rms_norm", "auto", GPU, torch.float32)
+    assert capfd.readouterr().err.startswith("statespan: rms_norm on cuda:0 runs on its slower backend 'reference'.")
+
+
+def test_nothing_is_said_where_the_best_runs_or_the_slower_one_was_asked_for(packages, capfd):
+    assert dispatch.resolve("selective_scan", "auto", GPU, torch.bfloat16) == "cuda"
+    assert dispatch.resolve("linear_cross_entropy", "auto", CPU, torch.float32) == "cpu"
+    packages.clear()
+    forget()
+    assert dispatch.resolve("selective_scan", "auto", GPU, torch.float64) == "reference"
+    assert dispatch.resolve("selective_scan", "auto", META, torch.float32) == "reference"
+    assert dispatch.resolve("selective_scan", "reference", GPU, torch.float32) == "reference"
+    dispatch.explain(GPU)
+    assert capfd.readouterr().err == ""
+
+
+def test_sizes_and_dtypes_and_old_gpus_are_told(packages, monkeypatch, capfd):
+    limits = (("cuda", "its kernels hold less"), ("triton", "its kernels hold less"))
+    dispatch.resolve("selective_scan", "auto", GPU, torch.float32, too_large=limits)
+    assert capfd.readouterr().err.startswith(line_of("reference") + " 'cuda': its kernels hold less")
+    dispatch.resolve("rms_norm", "auto", GPU, torch.float32, torch.int32)
+    assert "'triton': its kernels take float32, bfloat16 and float16, and a tensor is int32" in capfd.readouterr().err
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    forget()
+    dispatch.resolve("causal_conv1d", "auto", GPU, torch.float32)
+    said = capfd.readouterr().err
+    assert "'torch'. 'triton': it needs compute capability 8.0 or above, and Tesla T4 is older" in said
+
+
+def test_on_a_cpu_a_missing_numba_is_told(without_numba, capfd):
+    dispatch.resolve("causal_conv1d", "auto", CPU, torch.float32)
+    line = "statespan: causal_conv1d on cpu runs on its slower backend 'torch'. 'cpu': numba is not installed;"
+    assert capfd.readouterr().err == line + " pip install numba\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux only")
+def test_a_triton_that_cannot_serve_is_told_and_passed_over(packages, monkeypatch, capfd):
+    import triton
+    import triton.language
+
+    def reason() -> str:
+        forget()
+        assert dispatch.resolve("rms_norm", "auto", GPU, torch.float32) == "reference"
+        notices._said.clear()
+        return capfd.readouterr().err
+
+    assert dispatch.resolve("rms_norm", "auto", GPU, torch.float32) == "triton"
+    with monkeypatch.context() as patch:
+        patch.delattr(triton.language, "static_range")
+        assert "has no triton.language.static_range, which the kernels need; pip install 'triton>=" in reason()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "__version__", "3.2.0")
+        assert "triton 3.2.0 is too old; pip install 'triton>=3.6" in reason()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton.language", None)
+        assert "triton does not load (import of triton.language halted" in reason()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        patch.delenv("CC", raising=False)
+        assert "triton needs a C compiler to launch kernels, and there is none; install gcc" in reason()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux only")
+def test_what_triton_cannot_compile_is_told_in_a_line():
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from statespan.ops.rms_norm import triton_kernels
+    from statespan.ops.triton_kernels import on
+
+    signature = dict.fromkeys(triton_kernels.forward.arg_names[:-2], "*fp32")
+    constants = {"ROWS": 3, "BLOCK": 4}  # 3 is no power of two
+    source = ASTSource(triton_kernels.forward, {**signature, "ROWS": "constexpr", "BLOCK": "constexpr"}, constants)
+    message = r"does not compile .* for cpu: .*power of 2.*backend='ref"
+    with pytest.raises(BackendUnavailable, match=message) as raised, on(CPU):
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert "\n" not in str(raised.value) and raised.value.__cause__ is not None
+    if not torch.cuda.is_available():
+        x = torch.ones(2, 4)
+        message = r"Triton [\d.]+ does not compile rms_norm.forward for cpu: 0 active"
+        with pytest.raises(BackendUnavailable, match=message), on(CPU):
+            triton_kernels.forward[(1,)](x, None, x, x, None, 2, 4, 4, 0, 1e-5, ROWS=2, BLOCK=4)
+    from_driver: dict = {"__name__": "triton.backends.nvidia.driver"}
+    exec("def load(error): raise error", from_driver)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"), on(CPU):
+        from_driver["load"](RuntimeError("Triton Error [CUDA]: out of memory"))
+    with pytest.raises(RuntimeError, match="illegal memory access") as raised, on(CPU):
+        from_driver["load"](RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
+    assert raised.type is RuntimeError
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("of ours")):
+        with pytest.raises(type(error), match=str(error)), on(CPU):
+            raise error
+
+
+def test_a_cuda_core_that_cannot_serve_is_told(monkeypatch):
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: "13.0")
+    monkeypatch.setattr(compiler, "_known_architectures", lambda: [80, 90])
+    whole = SimpleNamespace(**dict.fromkeys(compiler.NEEDED))
+    monkeypatch.setattr(compiler, "cuda_core", lambda: whole)
+    assert compiler.why_not((9, 0)) is None
+    assert compiler.why_not((12, 1)).startswith("NVRTC 13.0 does not know sm_121, the GPU is newer; pip install")
+    monkeypatch.setattr(compiler, "cuda_core", lambda: SimpleNamespace(__version__="0.1.0", launch=None))
+    assert compiler.why_not((9, 0)) == (
+        "cuda-core 0.1.0 has no cuda.core.Device, it is too old; pip install --upgrade 'statespan[cuda]'"
+    )
+
+    def broken():
+        raise RuntimeError("libnvrtc.so.13: cannot open\nshared object file")
+
+    monkeypatch.setattr(compiler, "_known_architectures", broken)
+    assert compiler.why_not((9, 0)).startswith(
+        "cuda-core or NVRTC does not load (libnvrtc.so.13: cannot open); pip install"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the CUDA compiler is installed on Linux")
+def test_what_nvrtc_cannot_compile_is_told_in_a_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (tmp_path / "scan.cu").write_text('extern "C" __global__ void scan() { return missing; }')
+    message = rf"NVRTC [\d.]+ does not compile {tmp_path.name}.scan for sm_90: .*; pip install --upgrade 'statespan"
+    with pytest.raises(BackendUnavailable, match=message) as raised:
+        compiler.cubin(tmp_path / "scan.cu", "sm_90", {})
+    assert "\n" not in str(raised.value) and '"missing" is undefined' in str(raised.value)
+    assert raised.value.__cause__ is not None

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statespan.errors import UserError
-from statespan.ops.grouped_mlp import grouped_mlp
+from statespan.ops import grouped_mlp, quantize_rows
 
+GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 BACKENDS = ["torch", "reference"]
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
 ACTIVATIONS = [*GATED, "gelu", "relu", "silu"]
@@ -143,16 +144,19 @@ def test_gradients_only_where_they_are_wanted() -> None:
     assert not grouped_mlp(**frozen).requires_grad
 
 
-def test_twice_the_same_to_the_bit() -> None:
+@pytest.mark.parametrize("backend", ["torch", *GPU])
+def test_twice_the_same_to_the_bit(backend: str) -> None:
     p = problem(300, 2, dtype=torch.float32, sizes=(8, 32, 16))
-    first, second = (grouped_mlp(**p) for _ in range(2))
+    first, second = (grouped_mlp(**p, backend=backend) for _ in range(2))
     assert torch.equal(first, second)
     for a, b in zip(*(torch.autograd.grad(y.sum(), leaves(p)) for y in (first, second)), strict=True):
         assert torch.equal(a, b)
 
 
-def test_bfloat16_error_is_that_of_plain_pytorch() -> None:
-    p = problem(200, sizes=(5, 64, 48))
+@pytest.mark.parametrize("backend", ["torch", *GPU])
+@pytest.mark.parametrize("tokens", [7, 200, 1000])
+def test_bfloat16_error_is_that_of_plain_pytorch(tokens: int, backend: str) -> None:
+    p = problem(tokens, sizes=(5, 64, 48))
     half = p | {
         name: p[name].detach().to(torch.float32 if name == "expert_weight" else torch.bfloat16).requires_grad_()
         for name in NAMES
@@ -160,7 +164,11 @@ def test_bfloat16_error_is_that_of_plain_pytorch() -> None:
     exact_inputs = half | {name: half[name].detach().double().requires_grad_() for name in NAMES}
     plain_inputs = half | {"expert_weight": half["expert_weight"].detach().bfloat16().requires_grad_()}
     results = []
-    for inputs, function in ((exact_inputs, dense), (half, lambda p: grouped_mlp(**p)), (plain_inputs, dense)):
+    for inputs, function in (
+        (exact_inputs, dense),
+        (half, lambda p: grouped_mlp(**p, backend=backend)),
+        (plain_inputs, dense),
+    ):
         y = function(inputs)
         torch.manual_seed(1)
         weight = torch.randn(y.shape).bfloat16().to(y.dtype)
@@ -169,6 +177,83 @@ def test_bfloat16_error_is_that_of_plain_pytorch() -> None:
         assert ours.dtype == half["x" if name == "y" else name].dtype
         error, yardstick = ((value.double() - exact).norm() for value in (ours, plain))
         assert error <= 1.2 * yardstick, f"{name}: {error:.2e} against {yardstick:.2e}"
+
+
+def exact(p: dict[str, Any]) -> dict[str, Any]:
+    """The same values in float64."""
+    return p | {name: p[name].detach().double().requires_grad_() for name in NAMES if p[name] is not None}
+
+
+@pytest.mark.parametrize("backend", GPU)
+@pytest.mark.parametrize(
+    ("activation", "bias", "tokens", "choices", "sizes"),
+    [(activation, True, 40, 2, (5, 6, 4)) for activation in ACTIVATIONS]  # each pays for compilation
+    + [
+        ("swiglu", False, 1, 2, (5, 6, 4)),
+        ("silu", False, 3, 1, (8, 64, 48)),
+        ("gelu", False, 40, 3, (64, 64, 80)),
+        ("swiglu", True, 700, 2, (5, 96, 64)),
+    ],
+)
+def test_float32_on_a_gpu(
+    activation: str, bias: bool, tokens: int, choices: int, sizes: tuple[int, int, int], backend: str
+) -> None:
+    p = problem(tokens, choices, activation=activation, bias=bias, dtype=torch.float32, sizes=sizes)
+    q = exact(p)
+    y, truth = grouped_mlp(**p, backend=backend), dense(q)
+    with torch.no_grad():
+        pairs = [(y, truth), (grouped_mlp(**p, backend=backend), truth)]
+    weight = torch.randn_like(truth)
+    found, wanted = torch.autograd.grad(y, leaves(p), weight.float()), torch.autograd.grad(truth, leaves(q), weight)
+    for a, e in (*pairs, *zip(found, wanted, strict=True)):
+        assert (a - e).abs().max() <= 4e-6 * e.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("backend", GPU)
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_index_that_names_no_expert_is_nan_on_a_gpu(keep: bool, backend: str) -> None:
+    p = problem(23, dtype=torch.float32)
+    expected = dense(p)
+    p["expert_index"] = p["expert_index"].clone()
+    p["expert_index"][[4, 7], [0, 1]] = torch.tensor([5, -2])
+    with torch.set_grad_enabled(keep):
+        y = grouped_mlp(**p, backend=backend)
+    assert y[[4, 7]].isnan().all()
+    others = [token for token in range(23) if token not in (4, 7)]
+    torch.testing.assert_close(y[others], expected[others], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", GPU)
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_one_graph_for_every_routing(tokens: int, backend: str) -> None:
+    p = problem(tokens, dtype=torch.float32)
+    with torch.no_grad():
+        grouped_mlp(**p, backend=backend)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = grouped_mlp(**p, backend=backend)
+        for _ in range(3):
+            p["expert_index"].copy_(torch.randint(-1, 5, (tokens, 2)))
+            y.fill_(float("nan"))
+            graph.replay()
+            torch.testing.assert_close(y, dense(p), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [*GPU, *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "sizes"), [(1, (5, 6, 4)), (7, (5, 64, 48)), (60, (5, 64, 48)), (600, (5, 64, 48))])
+def test_int8_weights(tokens: int, sizes: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
+    p = problem(tokens, sizes=sizes, dtype=dtype)
+    p |= {name: p[name].detach() for name in NAMES}
+    widened = exact(p)
+    for name in ("up_proj", "down_proj"):
+        quantized, scales = zip(*(quantize_rows(matrix) for matrix in p[name]), strict=True)
+        p[name], p[name.replace("proj", "scale")] = torch.stack(quantized), torch.stack(scales)
+        widened[name] = p[name].double() * torch.stack(scales)[..., None]
+    with torch.no_grad():
+        y, truth = grouped_mlp(**p, backend=backend), dense(widened)
+    limit = 4e-6 if dtype == torch.float32 else 2**-6
+    assert (y - truth).abs().max() <= limit * truth.abs().max()
 
 
 def test_autocast_casts_all_but_the_choices_weights() -> None:
@@ -194,11 +279,11 @@ def test_backward_keeps_inputs_and_inner_rows() -> None:
     assert others == [(23 * 2, 2 * 4)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*GPU, *BACKENDS])
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias: bool, backend: str) -> None:
     p = problem(7, bias=bias, dtype=torch.float32)
-    keep = backend == "torch"
+    keep = backend != "reference"
     torch.library.opcheck(torch.ops.statespan.grouped_mlp.default, (*p.values(), keep, backend))
 
 

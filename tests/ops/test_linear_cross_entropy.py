@@ -214,11 +214,11 @@ def test_the_cpu_kernel_at_any_size(vocab: int, tokens: int) -> None:
     kept = logits.clone()
     for scales, factor in ((None, 1 / scale), (scale, torch.ones(tokens))):
         rows = kept.clone()
-        found = cpu.losses_and_gradients(rows[:, :vocab], labels, scales, True)
+        found = cpu.losses_and_gradients(rows[:, :vocab], labels, scales, vocab, True)
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(rows[:, :vocab].double(), gradient * factor[:, None], rtol=1e-6, atol=1e-6)
         assert torch.equal(rows[:, vocab:], kept[:, vocab:])
-    assert torch.equal(cpu.losses_and_gradients(kept[:, :vocab], labels, None, False), found)
+    assert torch.equal(cpu.losses_and_gradients(kept[:, :vocab], labels, None, vocab, False), found)
     assert torch.equal(kept, logits)
 
 
@@ -226,7 +226,20 @@ def test_logits_that_are_not_finite_give_a_loss_that_is_not() -> None:
     for value in (float("nan"), float("inf")):
         logits = torch.randn(1, 40)
         logits[0, 7] = value
-        assert not cpu.losses_and_gradients(logits, torch.tensor([3]), None, False).isfinite()
+        assert not cpu.losses_and_gradients(logits, torch.tensor([3]), None, logits.shape[1], False).isfinite()
+
+
+@pytest.mark.parametrize("backend", GPU)
+@pytest.mark.parametrize("wrong", [-1, 47, 1 << 40])
+def test_a_wrong_label_on_a_gpu_gives_nan_and_touches_no_other_token(backend: str, wrong: int) -> None:
+    hidden, weight = torch.randn(9, 16), torch.randn(50, 16)
+    labels = torch.randint(0, 47, (9,))
+    right = linear_cross_entropy(hidden, weight, labels, reduction="none", valid_vocab_size=47, backend=backend)
+    labels[4] = wrong
+    losses = linear_cross_entropy(hidden, weight, labels, reduction="none", valid_vocab_size=47, backend=backend)
+    assert losses[4].isnan()
+    keep = torch.arange(9, device=losses.device) != 4
+    assert torch.equal(losses[keep], right[keep])
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])

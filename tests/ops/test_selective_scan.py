@@ -13,7 +13,7 @@ from torch import Tensor
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import selective_scan
 
-GPU = ["cuda"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
+GPU = ["cuda", "triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 FAST = ["cpu", *GPU]
 BACKENDS = [*FAST, "reference"]
 DISCRETIZATIONS = ["mamba", "zoh", "bilinear"]
@@ -430,7 +430,7 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
 @pytest.mark.parametrize("backend", GPU)
 def test_tensors_on_two_devices_are_told(backend: str) -> None:
     inputs = make()
-    with pytest.raises(UserError, match="selective_scan: u is on cuda:0, and another tensor on cpu"):
+    with pytest.raises(UserError, match="selective_scan: u is on cuda:0, and B on cpu; move them to one device"):
         selective_scan(**{**inputs, "B": inputs["B"].cpu()}, backend=backend)
 
 

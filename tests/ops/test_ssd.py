@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from statespan.errors import UserError
+from statespan.ops import ssd_state_update
 from statespan.ops.ssd import chunked, ssd
 from statespan.ops.ssd.inputs import Inputs, Options
 
+GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 GRADIENTS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
 
@@ -416,7 +418,7 @@ def test_backward_keeps_the_inputs_and_nothing_else() -> None:
     assert {tensor.data_ptr() for tensor in kept} == {leaf.data_ptr() for leaf in p.leaves}
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference", *GPU])
 @pytest.mark.parametrize("everything", [True, False])
 def test_opcheck(backend: str, everything: bool) -> None:
     p = problem(9).to(torch.float32)
@@ -473,3 +475,183 @@ def test_no_tokens_is_a_mistake() -> None:
     p = problem(0)
     with pytest.raises(UserError, match="at least one token"):
         p()
+
+
+# The Triton form, at sizes that its tiles cut in every way.
+on_gpu = pytest.mark.parametrize("backend", GPU)
+
+# Of the norm of the truth: a few roundings of the products' dtype.
+LIMIT = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}
+
+
+def compare_narrow(p: Problem, dtype: torch.dtype, **options: Any) -> None:
+    """Outputs and every gradient of p in `dtype` against the loop in float64 on the very same, rounded inputs."""
+    narrow = p.to(dtype)
+    wide = narrow.to(torch.float64)
+    actual, expected = narrow(**options), wide(**options | {"backend": "reference"})
+    weights = tuple(torch.randn_like(value).to(dtype).double() for value in expected)
+    found = [*actual, *gradients(actual, weights, narrow.leaves)]
+    exact = [*expected, *gradients(expected, weights, wide.leaves)]
+    names = ("y", "state", *(name for name in GRADIENTS if getattr(p, name) is not None))
+    for name, value, truth in zip(names, found, exact, strict=True):
+        error, size = (value.double() - truth).norm(), truth.norm()
+        assert error <= LIMIT[dtype] * max(size, 1e-2), f"{name}: {error / size:.1e}"
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("discretization", ["mamba", "zoh", "bilinear"])
+@pytest.mark.parametrize("kind", [None, "packed", "left", "right", "anything"])
+def test_triton_equals_the_loop(backend: str, dtype: torch.dtype, discretization: str, kind: str | None) -> None:
+    p = problem(150, heads=6, groups=2, head_dim=40, states=24)
+    p.segments = segments(kind, 150)
+    compare_narrow(p, dtype, backend=backend, discretization=discretization, dt_limit=(0.1, 2.0))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 257])
+def test_triton_lengths(backend: str, dtype: torch.dtype, length: int) -> None:
+    compare_narrow(problem(length, head_dim=64, states=64), dtype, backend=backend)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("head_dim", "states", "groups"), [(64, 128, 1), (32, 16, 4), (128, 64, 2), (96, 128, 1), (64, 256, 1), (1, 1, 1)]
+)
+def test_triton_sizes(backend: str, dtype: torch.dtype, head_dim: int, states: int, groups: int) -> None:
+    p = problem(200, groups=groups, head_dim=head_dim, states=states)
+    compare_narrow(p, dtype, backend=backend)
+    p.D = torch.randn(4, head_dim, dtype=torch.float64, requires_grad=True)
+    p.dt_bias = p.initial_state = None
+    compare_narrow(p, dtype, backend=backend, chunk_size=40)
+
+
+@on_gpu
+def test_triton_splits_of_a_long_row(backend: str) -> None:
+    compare_narrow(problem(1500, batch=1, heads=2, groups=1, head_dim=64, states=64), torch.bfloat16, backend=backend)
+
+
+@on_gpu
+def test_triton_keeps_weak_decays_beside_strong_ones(backend: str) -> None:
+    p = problem(300)
+    with torch.no_grad():
+        p.dt.sub_(6.0)
+        p.dt[:, ::5] += 500.0
+    errors(p, p.to(torch.float32), ({"backend": backend}, {"backend": "reference"}), limit=4.0)
+
+
+@on_gpu
+def test_triton_bilinear_decays_that_are_negative_and_exactly_zero(backend: str) -> None:
+    p = problem(100)
+    with torch.no_grad():
+        p.A[0] = -1.0
+        p.dt.abs_()
+        p.dt[0, [9, 20, 21], 0] = 2.0  # 1 + dt A / 2 = 0
+        p.dt[:, ::4] *= 30  # decays near -1
+    p.dt_bias = None
+    compare_narrow(p, torch.float32, backend=backend, discretization="bilinear", dt_softplus=False)
+
+
+@on_gpu
+def test_padding_may_hold_nan(backend: str) -> None:
+    p = problem(150, head_dim=64, states=64).to(torch.bfloat16)
+    p.segments = segments("anything", 150)
+    padding = p.segments < 0
+    spoilt = replace(p, **{name: getattr(p, name).detach().clone() for name in ("x", "B", "C")})
+    for name in ("x", "B", "C"):
+        getattr(spoilt, name)[padding] = float("nan")
+        getattr(spoilt, name).requires_grad_()
+    outputs, expected = spoilt(backend=backend), p(backend=backend)
+    weights = tuple(torch.randn_like(value).double() for value in expected)
+    assert (outputs[0][padding] == 0).all()
+    for a, e in zip(outputs, expected, strict=True):
+        assert torch.equal(a, e)
+    found, wanted = gradients(outputs, weights, spoilt.leaves), gradients(expected, weights, p.leaves)
+    assert all((found[place][padding] == 0).all() for place in (0, 1, 3, 4))  # x, dt, B, C
+    for a, e in zip(found, wanted, strict=True):
+        assert torch.equal(a, e)
+
+
+@on_gpu
+def test_whole_equals_parts_equals_steps(backend: str) -> None:
+    p = problem(200, head_dim=64, states=32).to(torch.float32)
+    names = ("x", "dt", "B", "C")
+    y, final = p(backend=backend)
+    state, outputs = p.initial_state, []
+    for start, stop in ((0, 70), (70, 71), (71, 200)):
+        part = replace(p, **{name: getattr(p, name)[:, start:stop] for name in names}, initial_state=state)
+        out, state = part(backend=backend)
+        outputs.append(out)
+    close(torch.cat(outputs, dim=1), y, 1e-5)
+    close(state, final, 1e-5)
+    state = p.initial_state.detach()
+    with torch.no_grad():
+        for t in range(20):
+            x, dt, B, C = (getattr(p, name)[:, t] for name in names)
+            out, state = ssd_state_update(state, x, dt, p.A, B, C, p.D, dt_bias=p.dt_bias)
+            close(out, y[:, t], 1e-5)
+
+
+@on_gpu
+def test_triton_rows_may_be_strided_and_gradients_expanded(backend: str) -> None:
+    p = problem(100, head_dim=64, states=32).to(torch.bfloat16)
+    parts = torch.cat([p.x.flatten(2), p.B.flatten(2), p.C.flatten(2)], dim=-1).split([256, 64, 64], dim=-1)
+    x, B, C = (part.unflatten(2, (count, -1)) for part, count in zip(parts, (4, 2, 2), strict=True))
+    dt = torch.cat([p.dt, p.dt], dim=-1)[..., 4:]
+    strided = replace(p, x=x, B=B, C=C, dt=dt)
+    assert not strided.x.is_contiguous()
+    (y, _), (expected, _) = strided(backend=backend), p(backend=backend)
+    assert torch.equal(y, expected)
+    for a, e in zip(torch.autograd.grad(y.sum(), p.leaves), torch.autograd.grad(expected.sum(), p.leaves), strict=True):
+        assert torch.equal(a, e)
+
+
+@on_gpu
+def test_results_are_the_same_bits_every_time(backend: str) -> None:
+    p = problem(1000, batch=1, heads=8, groups=1, head_dim=64, states=128).to(torch.bfloat16)
+    weights = torch.randn_like(p.x), torch.randn_like(p.initial_state)
+    runs = []
+    for _ in range(3):
+        outputs = p(backend=backend)
+        runs.append([*outputs, *gradients(outputs, weights, p.leaves)])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@on_gpu
+@pytest.mark.usefixtures("nan_in_new_tensors")
+def test_nothing_is_read_before_it_is_written(backend: str) -> None:
+    p = problem(130, head_dim=40, states=24)
+    p.segments = segments("packed", 130)
+    compare_narrow(p, torch.float32, backend=backend)
+
+
+@on_gpu
+def test_a_million_tokens(backend: str) -> None:
+    """Offsets pass 2^31: the last tokens as if alone, with the state before them."""
+    length, heads, last = 1 << 20, 36, 1000
+    make: Any = {"dtype": torch.bfloat16}
+    x = torch.randn(1, length, heads, 64, **make).requires_grad_()
+    assert x.numel() > 1 << 31
+    dt, B, C = (torch.randn(1, length, *shape, **make) for shape in ((heads,), (1, 16), (1, 16)))
+    A, D = -torch.rand(heads) - 0.01, torch.randn(heads)
+
+    def run(x: Tensor, start: int, stop: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        cut = slice(start, stop)
+        options: Any = {"initial_state": state, "return_final_state": True, "backend": backend}
+        return ssd(x, dt[:, cut], A, B[:, cut], C[:, cut], D, **options)
+
+    y, final = run(x, 0, length, None)
+    with torch.no_grad():
+        _, before = run(x[:, :-last], 0, length - last, None)
+    end = x.detach()[:, -last:].requires_grad_()
+    expected, state = run(end, length - last, length, before)
+    weight = torch.randn_like(expected)
+    close(y[:, -last:], expected, 2e-2)
+    close(final, state, 1e-2)
+    (found,) = torch.autograd.grad(y[:, -last:], x, weight)
+    (wanted,) = torch.autograd.grad(expected, end, weight)
+    close(found[:, -last:], wanted, 2e-2)
+    assert found[:, : 1 << 19].isfinite().all()

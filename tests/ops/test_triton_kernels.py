@@ -4,10 +4,12 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,16 +24,33 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from statespan.ops.grouped_mlp import triton_backward
+from statespan.ops.grouped_mlp.experts import Experts
+from statespan.ops.ssd.inputs import Inputs, Options
+
 BACKENDS = {
     op: import_module(f"statespan.ops.{op}.triton_backend")
-    for op in ("rms_norm", "causal_conv1d", "state_update", "linear_cross_entropy")
+    for op in (
+        "rms_norm",
+        "causal_conv1d",
+        "state_update",
+        "linear_cross_entropy",
+        "selective_scan",
+        "grouped_mlp",
+        "decode_attention",
+        "ssd",
+    )
 }
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 TARGETS = {
     **{name: GPUTarget("cuda", int(name[3:]), 32) for name in SHARED_KIB if name.startswith("sm_")},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+# The assembler gives up some registers of a thread where that lets one more warp run beside it. The experts'
+# products do so once a tile, behind the loop, for gelu's polynomial. ssd's gradients hold more tiles than there are
+# registers for: smaller tiles spill less and took longer.
+SPILL_BYTES = {"selective_scan": 24, "grouped_mlp": 168, "ssd": 1280}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int8: "*i8", torch.int32: "*i32"}
 BF16 = torch.bfloat16
 
 
@@ -41,7 +60,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def launch_all() -> None:
     """Every kernel once or more, at the sizes of a 2.7b model."""
-    norm, conv, update, loss = BACKENDS.values()
+    norm, conv, update, loss, scan, experts, attention, dual = BACKENDS.values()
     x, residual, weight = empty(64, 5120, dtype=BF16), empty(64, 5120), empty(5120)
     norm.add_rms_norm(x, residual, weight, 1e-5, BF16)
     norm.rms_norm_backward(x, residual, residual, weight, 1e-5)
@@ -64,7 +83,50 @@ def launch_all() -> None:
     x, dt = empty(2, 80, 64, dtype=BF16), empty(2, 80, dtype=BF16)
     update.ssd_state_update(empty(2, 80, 64, 128), x, dt, D, B, B, D, D, True, (0.0, float("inf")), "mamba")
 
-    loss.losses_and_gradients(empty(9, 5056)[:, :5003], torch.arange(9), None, True)
+    loss.losses_and_gradients(empty(9, 5056)[:, :5003], torch.arange(9), None, 5003, True)
+
+    x, z = empty(2, 70, 10240, dtype=BF16).chunk(2, dim=-1)
+    matrix, rates, channels = empty(2, 70, 1, 16, dtype=BF16), empty(5120, 16), empty(5120)
+    for segments, discretization in ((None, "mamba"), (empty(2, 70).long(), "zoh")):
+        inputs = (x, x, rates, matrix, matrix, channels, z, channels)
+        options = (segments, True, discretization)
+        *_, starts = scan.selective_scan(*inputs, None, *options, True)
+        scan.gradients(x, None, starts, *inputs, *options)
+
+    launch_experts(experts)
+    query, cache, position = empty(2, 32, 128, dtype=BF16), empty(2, 9000, 8, 128, dtype=BF16), empty(2, 9000).int()
+    attention.decode_attention(query, cache, cache, position, position[0, :1], position[:, 0], 4096, 0.1)
+    launch_ssd(dual)
+
+
+def launch_experts(experts: ModuleType) -> None:
+    """One token with int8 weights, and many tokens forward and backward."""
+    index, chosen = torch.zeros(2048, 2, dtype=torch.int64), empty(2048, 2)
+    up, down = empty(8, 4096, 1024, dtype=torch.int8), empty(8, 1024, 2048, dtype=torch.int8)
+    x, up_bias, down_bias = empty(2048, 1024, dtype=BF16), empty(8, 4096, dtype=BF16), empty(8, 1024, dtype=BF16)
+    int8 = Experts(up, down, up_bias, down_bias, empty(8, 4096), empty(8, 1024))
+    experts.forward(x[:1], index[:1], chosen[:1], int8, "swiglu", False)
+    float16 = Experts(up.to(BF16), down.to(BF16), up_bias, down_bias)
+    _, kept = experts.forward(x, index, chosen, float16, "swiglu", True)
+    triton_backward.backward(x, kept, x, index, chosen, float16, "swiglu")
+    plain = Experts(float16.up_proj[:, :2048].contiguous(), float16.down_proj, None, None)
+    experts.forward(x, index, chosen, plain, "gelu", False)
+
+
+def launch_ssd(dual: ModuleType) -> None:
+    """A long row in splits with 128 states; and float32 with segments, negative decays and D for each place."""
+    for dtype, states, discretization in ((BF16, 128, "mamba"), (torch.float32, 64, "bilinear")):
+        plain = dtype == BF16
+        length, heads = (5000, 8) if plain else (70, 300)
+        x, matrix = empty(2, length, heads, 64, dtype=dtype), empty(2, length, 1, states, dtype=dtype)
+        dt, rates, skip = empty(2, length, heads, dtype=dtype), empty(heads), empty(heads)
+        state = empty(2, heads, 64, states)
+        segments = None if plain else empty(2, length).long()
+        skip, given = (skip, None) if plain else (empty(heads, 64), state)
+        inputs = Inputs(x, dt, rates, matrix, matrix, skip, rates, given, segments)
+        options = Options(True, (0.0, float("inf")), 256, discretization)
+        dual.forward(inputs, options)
+        dual.backward(x, state, inputs, options)
 
 
 def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
@@ -92,14 +154,16 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     found = []
 
     def record(kernel: JITFunction, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        options = {name: named.pop(name) for name in ("num_warps",)}
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
         found.append((source_of(kernel, dict(zip(kernel.arg_names, values, strict=False)) | named), options))
 
     shared = SHARED_KIB[request.node.callspec.params["target"]] << 10
     monkeypatch.setattr(JITFunction, "run", record)
-    monkeypatch.setattr(BACKENDS["rms_norm"], "shared_memory", lambda device: shared)
+    for name in ("rms_norm", "grouped_mlp", "decode_attention", "ssd"):
+        monkeypatch.setattr(BACKENDS[name], "shared_memory", lambda device: shared)
     for backend in BACKENDS.values():
         monkeypatch.setattr(backend, "multiprocessors", lambda device: 132, raising=False)
+    monkeypatch.setattr(BACKENDS["ssd"], "precision", lambda device: "bf16x6")
     launch_all()
     return found
 
@@ -108,7 +172,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_kernel_compiles_and_fits(
     target: str, launches: list[tuple[ASTSource, dict[str, int]]], tmp_path: Path
 ) -> None:
-    assert len(launches) == 12
+    assert len(launches) == 67
     for source, options in launches:
         compiled = triton.compile(source, target=TARGETS[target], options=options)
         assert compiled.metadata.shared <= SHARED_KIB[target] << 10, source.name
@@ -118,10 +182,24 @@ def test_every_kernel_compiles_and_fits(
             command = [str(tool), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             assert "LOCAL:0" in usage, f"{source.name}: {usage}"
-            assert "STACK:0" in usage, f"{source.name} spills registers: {usage}"
+            spilled = re.search(r"STACK:(\d+)", usage)
+            assert spilled is not None
+            assert int(spilled[1]) <= SPILL_BYTES.get(source.fn.__module__.split(".")[-2], 0), f"{source.name}: {usage}"
 
 
-@pytest.mark.parametrize("group", ["rms_norm", "causal_conv1d", "state_update", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "group",
+    [
+        "rms_norm",
+        "causal_conv1d",
+        "state_update",
+        "selective_scan",
+        "linear_cross_entropy",
+        "grouped_mlp",
+        "decode_attention",
+        "ssd",
+    ],
+)
 def test_values_in_the_interpreter(group: str) -> None:
     script = Path(__file__).parent / "triton_interpreter.py"
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}

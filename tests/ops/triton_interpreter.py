@@ -57,12 +57,7 @@ def causal_conv1d() -> Iterator[Pair]:
     for length, taps, kind, state in product((1, 21), (1, 4), segments, (False, True)):
         x, weight, bias = torch.randn(2, length, 41)[..., 1:21], torch.randn(20, taps), torch.randn(20)
         initial = torch.randn(2, taps - 1, 20) if state else None
-        numbers = {
-            None: None,
-            "packed": torch.randint(0, 2, (2, length)).cumsum(1),
-            "anything": torch.randint(-1, 3, (2, length)),
-            "mostly padding": torch.where(torch.rand(2, length) < 0.8, -1, 1),
-        }[kind]
+        numbers = segments_of(kind, length)
         found = triton_backend.forward(x, weight, bias, initial, numbers, True)
         inputs = (x, weight, bias, initial)
         run = lambda *v, s=numbers: reference.causal_conv1d(*v, s, True)  # noqa: E731  # bound now
@@ -103,10 +98,49 @@ def state_update() -> Iterator[Pair]:
             )
 
 
+def selective_scan() -> Iterator[Pair]:
+    from statespan.ops.selective_scan import reference, triton_backend
+
+    triton_backend.EVERY = 4
+    triton_backend.FORWARD._forced = {"tile": 16, "unroll": 2}
+    triton_backend.BACKWARD._forced = {"tile": 16, "programs": 4}
+    triton_backend.multiprocessors = lambda device: 1
+    shapes = ((1, 6, 1, 5), (7, 6, 2, 3), (7, 10, 1, 4))
+    for number, ((length, channels, groups, states), kind) in enumerate(
+        product(shapes, (None, "packed", "anything", "mostly padding"))
+    ):
+        discretization = ("mamba", "zoh", "bilinear")[number % 3]
+        whole, softplus = number % 2 == 0, number % 5 != 0
+        u, z = torch.randn(2, length, 2 * channels).chunk(2, dim=-1)
+        dt = torch.randn(2, length, channels) if softplus else torch.rand(2, length, channels)
+        A = -torch.rand(channels, states) * 2 - 0.01
+        B, C = torch.randn(2, length, 2, groups, states).unbind(2)
+        D, bias, initial = torch.randn(channels), torch.rand(channels), torch.randn(2, channels, states)
+        inputs = (u, dt, A, B, C, *((D, z, bias, initial) if whole else (None, None, None, None)))
+        numbers = segments_of(kind, length)
+        options = (numbers, softplus, discretization)
+        *found, starts = triton_backend.selective_scan(*inputs, *options, True)
+        run = lambda *v, o=options: reference.selective_scan(*v, *o)  # noqa: E731  # bound now
+        yield from zip(found, run(*wide(*inputs)), strict=True)
+        upstream = [torch.randn(value.shape) for value in found]
+        grads = triton_backend.gradients(*upstream, starts, *inputs[:-1], *options)
+        for value, exact in zip(grads, vjp(run, inputs, upstream), strict=True):
+            yield (None if exact is None else value), exact
+
+
+def segments_of(kind: str | None, length: int) -> Tensor | None:
+    """Segment numbers [2 t] of a kind; None for none."""
+    if kind == "packed":
+        return torch.randint(0, 2, (2, length)).cumsum(1)
+    if kind == "anything":
+        return torch.randint(-1, 3, (2, length))
+    return None if kind is None else torch.where(torch.rand(2, length) < 0.8, -1, 1)
+
+
 def linear_cross_entropy() -> Iterator[Pair]:
     from statespan.ops.linear_cross_entropy import chunked, in_place, triton_backend
 
-    triton_backend.BLOCK, kernel = 16, triton_backend.losses_and_gradients
+    triton_backend.LOSS._forced, kernel = {"block": 16, "warps": 4}, triton_backend.losses_and_gradients
     for valid, ignore, scale in product((50, 44), (False, True), (None, torch.randn(37))):
         hidden, weight, labels = torch.randn(37, 12), torch.randn(50, 12), torch.randint(0, 44, (37,))
         if ignore:
@@ -119,6 +153,86 @@ def linear_cross_entropy() -> Iterator[Pair]:
         )
 
 
+def grouped_mlp() -> Iterator[Pair]:
+    from statespan.ops.grouped_mlp import by_expert, triton_backend, triton_backward, triton_routing
+    from statespan.ops.grouped_mlp.experts import Experts
+
+    torch.use_deterministic_algorithms(True)  # new tensors are NaN
+    triton_backend.UNALIGNED = triton_backend.STREAM = triton_backend.Tile(16, 16, 16, 2, 1)
+    triton_backend.multiprocessors = lambda device: 40
+    triton_routing.SORT_VALUES, triton_routing.SORT_PROGRAMS, triton_backend.GROUP = 64, 3, 2
+    for (activation, bias), tokens in product((("swiglu", True), ("gelu", False), ("relu", True)), (2, 40)):
+        up_size = 40 if activation == "swiglu" else 20
+        index = torch.randint(-1, 4, (tokens, 3))
+        index[index == 2] = 1
+        x, weight, grad = torch.randn(tokens, 25)[:, 1:23], torch.randn(tokens, 3), torch.randn(tokens, 22)
+        biases = (torch.randn(4, up_size), torch.randn(4, 22)) if bias else (None, None)
+        experts = (torch.randn(4, up_size, 22), torch.randn(4, 22, 20), *biases)
+        y, kept = triton_backend.forward(x, index, weight, Experts(*experts), activation, True)
+        alone, _ = triton_backend.forward(x, index, weight, Experts(*experts), activation, False)
+        exact_inputs = (*wide(x), index, *wide(weight), Experts(*wide(*experts)), activation)
+        exact, exact_kept = by_expert.forward(*exact_inputs, True)
+        yield from ((y, exact), (alone, exact))
+        found = triton_backward.backward(grad, kept, x, index, weight, Experts(*experts), activation)
+        yield from zip(found, by_expert.backward(*wide(grad), exact_kept, *exact_inputs), strict=True)
+    int8, scale = torch.randint(-127, 128, (3, 32, 32), dtype=torch.int8), torch.rand(3, 32) / 127
+    x, index, weight = torch.randn(5, 32), torch.randint(0, 3, (5, 2)), torch.rand(5, 2)
+    y, _ = triton_backend.forward(x, index, weight, Experts(int8, int8, None, None, scale, scale), "silu", False)
+    exact_weights = int8.double() * scale[..., None].double()
+    exact_inputs = (*wide(x), index, *wide(weight), Experts(exact_weights, exact_weights, None, None), "silu")
+    yield y, by_expert.forward(*exact_inputs, False)[0]
+    experts = (torch.randn(2, 288, 6), torch.randn(2, 6, 144), torch.randn(2, 288), torch.randn(2, 6))
+    x, index, weight = torch.randn(2, 6), torch.tensor([[0], [-1]]), torch.rand(2, 1)
+    y, _ = triton_backend.forward(x, index, weight, Experts(*experts), "geglu", False)  # in two splits
+    yield y, by_expert.forward(*wide(x), index, *wide(weight), Experts(*wide(*experts)), "geglu", False)[0]
+
+
+def decode_attention() -> Iterator[Pair]:
+    from statespan.ops.decode_attention import reference, triton_backend
+
+    torch.use_deterministic_algorithms(True)  # new tensors are NaN
+    triton_backend.SLOTS = 16
+    for (heads, kv_heads, head_dim), window, (programs, used) in product(
+        ((4, 2, 16), (20, 1, 24)), (None, 5), ((1, 53), (20, 53), (20, 20))
+    ):
+        triton_backend.PROGRAMS = programs
+        query, cache = torch.randn(2, heads, head_dim), torch.randn(2, 60, 2 * kv_heads, head_dim + 3)[..., :head_dim]
+        position, length = torch.randint(-1, 60, (2, 60), dtype=torch.int32), torch.tensor([used], dtype=torch.int32)
+        cache[:, used:] = float("nan")
+        key, value = cache.chunk(2, dim=2)
+        newest = torch.tensor([59, 20], dtype=torch.int32)
+        options = (position, length, newest, window, 0.3)
+        yield (
+            triton_backend.decode_attention(query, key, value, *options),
+            reference.decode_attention(*wide(query, key, value), *options),
+        )
+
+
+def ssd() -> Iterator[Pair]:
+    from statespan.ops.ssd import reference, triton_backend
+    from statespan.ops.ssd.inputs import Inputs, Options
+
+    launch = triton_backend.Launch(4, 1)
+    sizes = triton_backend.Sizes(16, 16, launch, launch, launch, launch)
+    triton_backend.sizes_for, triton_backend.STEP_HEADS, triton_backend.PART_N = (lambda x, states: sizes), 4, 16
+    cases = ((37, "mamba", None, 1), (37, "zoh", "packed", 99), (20, "bilinear", "anything", 1), (1, "mamba", None, 1))
+    for place, (length, discretization, kind, processors) in enumerate(cases):
+        triton_backend.multiprocessors = lambda device, count=processors: count
+        x, dt = torch.randn(2, length, 4, 25)[..., 1:21], torch.randn(2, length, 4)
+        A, (D, bias) = -torch.rand(4) * 4 - 0.05, torch.randn(2, 4)
+        B, C = torch.randn(2, length, 2, 2, 20).unbind(2)
+        D, initial = (torch.randn(4, 20) if place % 2 else D), (torch.randn(2, 4, 20, 20) if place else None)
+        tensors, numbers = (x, dt, A, B, C, D, bias, initial), segments_of(kind, length)
+        options = Options(True, (0.1, 2.0), 256, discretization)
+        run = lambda *v, n=numbers, o=options: reference.ssd(Inputs(*v, n), o)  # noqa: E731  # bound now
+        inputs = Inputs(*tensors, numbers)
+        found = triton_backend.forward(inputs, options)
+        yield from zip(found, run(*wide(*tensors)), strict=True)
+        upstream = [torch.randn(value.shape) for value in found]
+        grads = triton_backend.backward(*upstream, inputs, options)
+        yield from zip(grads, vjp(run, tensors, upstream), strict=True)
+
+
 def vjp(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], upstream: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
@@ -129,9 +243,17 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     count = 0
-    for value, exact in {f.__name__: f for f in (rms_norm, causal_conv1d, state_update, linear_cross_entropy)}[
-        sys.argv[1]
-    ]():
+    groups = (
+        rms_norm,
+        causal_conv1d,
+        state_update,
+        selective_scan,
+        linear_cross_entropy,
+        grouped_mlp,
+        decode_attention,
+        ssd,
+    )
+    for value, exact in {group.__name__: group for group in groups}[sys.argv[1]]():
         assert (value is None) == (exact is None)
         if value is not None and value.numel():
             error = (value.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-3)

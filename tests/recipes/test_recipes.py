@@ -13,9 +13,14 @@ SIZES = {  # parameters; the docstrings round them
     "mambabyte_tiny_cpu": 0.5e6,
     "mamba2_tiny_cpu": 0.5e6,
     "mamba_130m_cpu": 129e6,
+    "s4d_tiny_cpu": 0.6e6,
     "transformer_tiny_cpu": 0.6e6,
     "lstm_tiny_cpu": 0.6e6,
     "gru_tiny_cpu": 0.5e6,
+    "mamba_100m_h100": 98e6,
+    "mamba2_100m_h100": 98e6,
+    "jamba_100m_h100": 177e6,
+    "transformer_100m_h100": 99e6,
 }
 
 
@@ -28,14 +33,15 @@ def test_recipes_build_and_survive_json(name: str):
     if name in SIZES:
         assert parameters == pytest.approx(SIZES[name], rel=0.1)
     assert recipes()[name].endswith(".")
-    assert name.endswith("_cpu") and config.run.device == "cpu"
+    assert config.run.device == ("cpu" if name.endswith("_cpu") else "cuda")
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "130m" not in name])
 def test_recipes_learn(name: str, tmp_path: Path):
     (tmp_path / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(400)))
     settings = ["data.max_document_bytes=1000", "data.sequence_length=64", "run.max_steps=3", "run.batch_size=2"]
-    config = load_recipe(name).override([*settings, f"data.train={tmp_path / 'book.txt'}", "model.hidden_size=64"])
+    settings += ["run.device=cpu", "run.cuda_graph=false", "run.precision=float32", "model.hidden_size=64"]
+    config = load_recipe(name).override([*settings, f"data.train={tmp_path / 'book.txt'}"])
     result = train(config, tmp_path / "run")
     assert result.held_out is not None
     assert result.held_out.bits_per_byte < 8.0  # less than blind guessing, after three steps

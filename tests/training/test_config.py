@@ -62,6 +62,7 @@ def test_bad_overrides_name_the_field(config: TrainingConfig, assignment: str, m
         (["run.accumulation_steps=3"], "accumulation_steps 3 must divide run.batch_size 4"),
         (["schedule.kind=wsd", "schedule.decay_fraction=0.99", "schedule.warmup_fraction=0.5"], "at most 1"),
         (["data.train=[]"], "data.train is empty"),
+        (['model.layers=["s4d", "mlp"]', "run.cuda_graph=true"], "cannot capture s4d layers"),
     ],
 )
 def test_check_refuses_fields_that_disagree(config: TrainingConfig, assignments: list[str], message: str):

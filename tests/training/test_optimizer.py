@@ -25,6 +25,7 @@ DECAYED = {
     "backbone.layers.2.feed_forward": {"router.weight", "experts.up_proj", "experts.down_proj"},
     "backbone.layers.3.mixer.rnn": {"weight_ih_l0", "weight_hh_l0"},
     "backbone.layers.3.feed_forward": {"gate_up_proj.weight", "down_proj.weight"},
+    "backbone.layers.4.mixer": {"C", "out_proj.weight"},
     "lm_head": {"weight"},
 }
 
@@ -39,6 +40,7 @@ def model() -> torch.nn.Module:
             LayerSpec("mamba2"),
             LayerSpec("attention", "moe"),
             LayerSpec("lstm", "mlp"),
+            LayerSpec("s4"),
         ),
         mamba2=Mamba2Config(head_dim=8, state_size=8),
         attention=AttentionConfig(num_heads=2, qkv_bias=True, out_bias=True),
@@ -59,6 +61,7 @@ def test_groups_are_exactly_these(model: torch.nn.Module):
     assert groups[0.3] == wanted
     assert groups[0.0] == set(names.values()) - wanted
     rest = {name.rpartition(".")[2] for name in groups[0.0]}
+    assert {"log_dt", "log_A_real", "A_imag", "P", "B"} <= rest
     assert {"A_log", "D", "dt_bias", "bias", "up_proj_bias", "down_proj_bias", "bias_hh_l0"} <= rest
     assert "embedding.weight" in groups[0.0]
 

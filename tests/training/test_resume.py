@@ -95,6 +95,19 @@ class Signals(ProgressDisplay):
         self.lines.append(line)
 
 
+def test_time_invariant_layers_resume_bit_for_bit(tmp_path: Path, config: TrainingConfig):
+    """Packed rows of unequal documents, S4 with A, B and dt trained, S4D in the block of Mamba, and LSSL."""
+    layers = ['model.layers=["s4", "s4d+mlp", "lssl"]', "model.s4.state_size=8", "model.lssl.state_size=4"]
+    layers += ["model.s4d.block=mamba", "model.mlp.intermediate_size=24", "run.save_every=1"]
+    whole = train(config.override(layers), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for later in list_checkpoints(tmp_path / "parts")[3:]:
+        shutil.rmtree(later)
+    resumed = train(config.override(layers), tmp_path / "parts", resume=True)
+    assert resumed.step == whole.step == 6
+    assert_same(whole.checkpoint, resumed.checkpoint)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first_and_the_run_goes_on_bit_for_bit(
     tmp_path: Path, config: TrainingConfig, number: signal.Signals

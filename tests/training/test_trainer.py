@@ -58,7 +58,7 @@ def test_a_packed_batch_is_its_documents_one_by_one(config: TrainingConfig):
     trainer.model.double().train()
     part, _ = trainer.rows.batch(trainer.state.position, 4)
     assert part.segments is not None
-    packed, _, _ = trainer._forward(part)
+    packed, _, _ = trainer._forward(*trainer._inputs(part))
     nats, count = 0.0, 0
     for ids, segments in zip(part.input_ids, part.segments, strict=True):
         for number in segments.unique():

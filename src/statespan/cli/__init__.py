@@ -1,4 +1,4 @@
-"""`statespan demo | train | generate | convert | inspect | backends`: each command calls one package.
+"""`statespan demo | train | generate | convert | inspect | tune | backends`: each command calls one package.
 
 Exit codes: 0, 2 for a mistake of the user's (one line on stderr), 130 when interrupted, 141 when the reader went away.
 """
@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "continue a prompt with a saved model",
     "convert": "rewrite a checkpoint in another format",
     "inspect": "layers, parameters, FLOPs and memory of a preset or checkpoint",
+    "tune": "time the GPU kernels' block sizes here, and keep the best",
     "backends": "which backend runs each op here, and why not the others",
 }
 

@@ -12,9 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from statespan.ops.dispatch import explain
+    from statespan.ops.tuning import table_in_use
 
     device = usable_device(arguments.device)
     print_table([("op", "backend", f"on {device}"), *explain(device)])
+    if device.type == "cuda":
+        print(f"\nblock sizes: {table_in_use(device)}")
 
 
 COMMAND = Command(

@@ -1,15 +1,17 @@
 """DecodeBatch: sequences that advance together, one token a row and step, over one explicit model state."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
 
 from statespan.generation.options import GenerationOptions
-from statespan.generation.sampling import log_probabilities, sample
+from statespan.generation.sampling import log_probabilities, require_finite
+from statespan.generation.stepper import Outcome, Stepper, give_back, take
 from statespan.layers.state import ModelState
-from statespan.models.decoder import Decoder
 from statespan.models.language_model import LanguageModel, LanguageModelOutput
 
 
@@ -56,7 +58,11 @@ def _state_of(output: LanguageModelOutput) -> ModelState:
 
 
 class DecodeBatch:
-    """The rows that are still being generated: their state, their next logits and their random numbers."""
+    """The rows that are still being generated: their state, their next logits and their random numbers.
+
+    On a GPU the next step is under way before the tokens of this one are read, unless the caller wants states or
+    log-probabilities, which belong to the step that is read. Rows that ended stay, unread, until half of them have.
+    """
 
     def __init__(
         self,
@@ -68,29 +74,77 @@ class DecodeBatch:
         options: GenerationOptions,
     ) -> None:
         """`logits` [b v] and `state` come from `absorb`; `prompts` are the tokens under the repetition penalty."""
-        self.model, self.logits, self.state, self.options = model, logits, state, options
-        self._ids = torch.empty(0, dtype=torch.int64)
-        self._decoder: Decoder | None = None
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._seen: Tensor | None = None
-        if options.repetition_penalty != 1:
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            for seen, prompt in zip(self._seen, prompts, strict=True):
-                seen[torch.tensor(prompt, dtype=torch.int64, device=seen.device)] = True
+        self.model, self.options = model, options
+        self._rows = list(range(len(seeds)))  # where the rows that go on are in the stepper
+        self._launched = self._read = 0  # steps
+        self._outcomes: deque[tuple[list[int], Outcome]] = deque()
+        self._ids: list[int] = []
+        self._holds = [take(model, len(seeds), options)]
+        finalize(self, _end, ref(model), self._holds)
+        self._on_gpu = self._stepper.decoder.captures
+        self._ahead = self._on_gpu and not options.return_state and options.logprobs is False
+        self._start(logits, state, prompts, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    @property
+    def _stepper(self) -> Stepper:
+        return self._holds[0]
+
+    @torch.inference_mode()
+    def _start(
+        self,
+        logits: Tensor,
+        state: ModelState,
+        prompts: Sequence[Sequence[int]],
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        seen: Tensor | None = None
+        if self.options.repetition_penalty != 1:
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[torch.tensor(prompt, dtype=torch.int64, device=seen.device)] = True
+        self._stepper.start(logits, state, seen, generators, self.options.max_new_tokens)
+        self._note()
+
+    def _note(self) -> None:
+        """A step was launched."""
+        self._outcomes.append((self._rows, self._stepper.outcome()))
+        self._launched += 1
+
+    def _launch(self) -> None:
+        self._stepper.advance()
+        self._note()
 
     @torch.inference_mode()
     def choose(self) -> list[int]:
-        """The next token of each row. The state has not absorbed it yet."""
-        self._ids = sample(self.logits, self.options, self._generators, self._seen)
-        if self._seen is not None:
-            self._seen.scatter_(1, self._ids.unsqueeze(1), True)
-        return self._ids.tolist()
+        """The next token of each row. The state has not absorbed it yet, unless steps run ahead."""
+        if self._ahead and self._read and self._launched < self.options.max_new_tokens:
+            self._launch()
+        rows, outcome = self._outcomes.popleft()
+        ids, best = outcome()
+        require_finite([best[row] for row in rows])
+        self._read += 1
+        self._ids = [ids[row] for row in rows]
+        return self._ids
+
+    @property
+    @torch.inference_mode()
+    def state(self) -> ModelState:
+        """Of the rows, all tokens absorbed but those just chosen; not while steps run ahead."""
+        assert not self._ahead
+        state = self._stepper.decoder.state()
+        return state if self._all_there else state.select(torch.tensor(self._rows))
+
+    @property
+    def _all_there(self) -> bool:
+        return len(self._rows) == self._stepper.batch_size
 
     @torch.inference_mode()
     def logprobs(self) -> list[TokenLogprob]:
         """Log-probabilities of the tokens just chosen, and of the most likely ones."""
-        logprobs = log_probabilities(self.logits)
-        chosen: list[float] = logprobs.gather(1, self._ids.unsqueeze(1)).squeeze(1).tolist()
+        logits = self._stepper.logits
+        logits = logits if self._all_there else logits[torch.tensor(self._rows, device=logits.device)]
+        logprobs, ids = log_probabilities(logits), torch.tensor(self._ids, device=logits.device)
+        chosen: list[float] = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
         best = logprobs.topk(min(self.options.num_top, logprobs.shape[1]), dim=1)
         tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [TokenLogprob(c, tuple(zip(*top, strict=True))) for c, top in zip(chosen, tops, strict=True)]
@@ -98,17 +152,23 @@ class DecodeBatch:
     @torch.inference_mode()
     def advance(self) -> None:
         """Feed the chosen tokens."""
-        if self._decoder is None or self._decoder.batch_size != len(self._ids):
-            self._decoder = self.model.decoder(len(self._ids))
-        logits, self.state = self._decoder(self._ids.to(self.model.device), self.state)
-        self.logits = logits.float()
+        if not self._outcomes:
+            self._launch()
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
-        index = torch.tensor(rows, device=self._ids.device)
-        self.state = self.state.select(index)
-        self._ids = self._ids[index]
-        self._generators = [self._generators[row] for row in rows]
-        if self._seen is not None:
-            self._seen = self._seen[index]
+        self._rows = [self._rows[row] for row in rows]
+        self._outcomes = deque(([then[row] for row in rows], outcome) for then, outcome in self._outcomes)
+        if self._on_gpu and 2 * len(rows) > self._stepper.batch_size:
+            return
+        smaller = take(self.model, len(rows), self.options)
+        smaller.take_over(self._stepper, self._rows, self.options.max_new_tokens - self._launched)
+        give_back(self.model, self._stepper)
+        self._holds[0] = smaller
+        self._rows = list(range(len(rows)))
+
+
+def _end(model: "ref[LanguageModel]", holds: list[Stepper]) -> None:
+    """Outside the batch, which must be free to go."""
+    give_back(model(), holds[0])

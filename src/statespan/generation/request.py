@@ -98,7 +98,8 @@ class Request:
             logprobs = [None] * len(rows) if self.options.logprobs is False else batch.logprobs()
             for place, row in enumerate(rows):
                 text = self._extend(row, ids[place])
-                state = self._end_state(batch.state, place, ids[place]) if row.finish_reason else None
+                ends = row.finish_reason is not None and self.options.return_state
+                state = self._end_state(batch.state, place, ids[place]) if ends else None
                 yield StreamEvent(row.index, text, ids[place], logprobs[place], row.finish_reason, state)
             going = [place for place, row in enumerate(rows) if row.finish_reason is None]
             if going and len(going) < len(rows):
@@ -134,7 +135,8 @@ class Request:
 
     def _without_tokens(self, state: ModelState) -> Iterator[StreamEvent]:
         for index, (_, ids) in enumerate(self._feeds):
-            yield StreamEvent(index, "", None, None, "length", self._end_state(state, index, ids[-1]))
+            end = self._end_state(state, index, ids[-1]) if self.options.return_state else None
+            yield StreamEvent(index, "", None, None, "length", end)
 
     def _row(self, index: int) -> _Row:
         decoder = None
@@ -174,8 +176,6 @@ class Request:
         return text
 
     @torch.no_grad()
-    def _end_state(self, state: ModelState, place: int, pending: int) -> GenerationState | None:
+    def _end_state(self, state: ModelState, place: int, pending: int) -> GenerationState:
         """A copy of one row, made outside inference mode, so that it can be used inside and outside of it."""
-        if not self.options.return_state:
-            return None
         return GenerationState(state.select(torch.tensor([place])), pending)

@@ -70,18 +70,31 @@ def sample(
         >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), Sampling(temperature=0), [torch.Generator()])
         tensor([1])
     """
+    numbers = None if sampling.greedy else random_numbers(generators, 1)[0]
+    ids, best = choose(logits, sampling, numbers, seen)
+    require_finite(best.tolist())
+    return ids
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, numbers: Tensor | None, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row, ids [b] int64, and the row's largest logit [b].
+
+    A token means nothing where that is not finite. Nothing here waits for a GPU, so that a CUDA graph can hold it.
+    `numbers` [b] float64 are random in [0, 1); None when greedy.
+    """
     if seen is not None:
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.greedy:
+    if numbers is None:
         best, ids = logits.max(dim=-1)
-        _require_finite(best)
-        return ids
-    _require_finite(logits.amax(dim=-1))
-    return draw(weights(logits, sampling), generators)
+        return ids, best
+    return pick(weights(logits, sampling), numbers), logits.amax(dim=-1)
 
 
-def _require_finite(best: Tensor) -> None:
-    for row, value in enumerate(best.tolist()):
+def require_finite(best: Sequence[float]) -> None:
+    """Raise NonFiniteLogits for the first row whose largest logit is NaN or infinite."""
+    for row, value in enumerate(best):
         if not math.isfinite(value):
             raise NonFiniteLogits(row, value)
 
@@ -118,23 +131,37 @@ def _at_least(weights: Tensor, edge: Tensor | float) -> Tensor:
 def _nucleus_edge(weights: Tensor, top_p: float) -> Tensor:
     """Least weight [b 1] of the nucleus, the fewest tokens that hold top_p of the probability (arXiv 1904.09751)."""
     mass = weights.sum(dim=-1, keepdim=True)
-    # Tokens below this hold less than 1 - top_p together, so the nucleus is among the others, which are few to sort.
-    candidates = (weights >= mass * (1 - top_p) / weights.shape[-1]).sum(dim=-1)
-    best = weights.topk(int(candidates.max()), dim=-1).values
+    if weights.is_cuda:  # no waiting for a count
+        best = weights.sort(dim=-1, descending=True).values
+    else:
+        # Tokens below this hold less than 1 - top_p together, so the nucleus is among the others, few to sort.
+        candidates = (weights >= mass * (1 - top_p) / weights.shape[-1]).sum(dim=-1)
+        best = weights.topk(max(1, int(candidates.max())), dim=-1).values
     missing = (best.cumsum(dim=-1) < top_p * mass).sum(dim=-1, keepdim=True)  # tokens that do not reach top_p yet
     return best.gather(-1, missing.clamp(max=best.shape[-1] - 1))
 
 
+def random_numbers(generators: Sequence[torch.Generator], count: int) -> Tensor:
+    """[count b] float64 in [0, 1): the next `count` numbers of each row's CPU generator, as one by one."""
+    columns = [torch.rand(count, dtype=torch.float64, generator=generator) for generator in generators]
+    return torch.stack(columns, dim=1)
+
+
 def draw(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row, as likely as its weight [b v], by inverting the cumulative sum at a random number of the row.
+    """One token a row, as likely as its weight [b v], at a random number of the row."""
+    return pick(weights, random_numbers(generators, 1)[0])
+
+
+def pick(weights: Tensor, numbers: Tensor) -> Tensor:
+    """The token [b] where the cumulative sum of the row's weights [b v] passes its number in [0, 1) times the whole.
 
     Numerics: the sum is float64, so that rare tokens keep their share; on a device without it the CPU draws. The number
         is below 1 by more than rounding can undo, so what stands behind the end of the sum is never drawn.
     """
     mass = (weights.cpu() if weights.device.type == "mps" else weights).cumsum(dim=-1, dtype=torch.float64)
-    number = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
-    place = torch.searchsorted(mass, number.to(mass.device) * mass[:, -1:], right=True)
-    return place.squeeze(-1).to(weights.device)
+    target = numbers.to(mass.device).unsqueeze(1) * mass[:, -1:]
+    place = torch.searchsorted(mass, target, right=True).squeeze(-1)
+    return place.clamp_(max=weights.shape[-1] - 1).to(weights.device)  # the end where weights are NaN
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -108,6 +108,47 @@ class RecurrentConfig:
 
 
 @dataclass(frozen=True)
+class LTIConfig:
+    """What the linear time-invariant mixers share: the block round the state-space part, and its step sizes."""
+
+    state_size: int = 64  # N, real states a channel; complex ones count twice
+    # What stands round y = SSM(u): "gelu": out_proj(gelu(y)); "glu" (S4): glu(out_proj(gelu(y))); "s5": g * sigmoid(
+    # out_proj(g)) with g = gelu(y); "h3": out_proj(q * SSM(conv(k) * v)); "mamba": Mamba's block with SSM for its scan.
+    block: Literal["gelu", "glu", "s5", "h3", "mamba"] = "glu"
+    expand: int = 1  # inner width / hidden_size of the blocks "h3" and "mamba"; 1 in the others
+    conv_kernel: int = 4  # taps of the causal conv in "h3" and "mamba"
+    proj_bias: bool = False  # biases of in_proj and out_proj
+    dt_min: float = 1e-3  # smallest step size at initialisation
+    dt_max: float = 1e-1  # largest
+
+    def inner_size(self, hidden_size: int) -> int:
+        """Channels of the state-space part."""
+        return self.expand * hidden_size
+
+
+@dataclass(frozen=True)
+class S4Config(LTIConfig):
+    """S4 mixer: diagonal plus low-rank A that starts as HiPPO-LegS, bilinear steps (arXiv 2111.00396)."""
+
+
+@dataclass(frozen=True)
+class S4DConfig(LTIConfig):
+    """S4D mixer: diagonal A (arXiv 2206.11893)."""
+
+    init: Literal["legs", "lin", "inv", "real"] = "lin"  # initial A; "real" has N real states instead of N/2 complex
+    discretization: Literal["zoh", "bilinear"] = "zoh"
+
+
+@dataclass(frozen=True)
+class LSSLConfig(LTIConfig):
+    """LSSL mixer with fixed A and B (arXiv 2110.13985): dense, O(N^2) a channel, to learn from and for small N."""
+
+    state_size: int = 16
+    measure: Literal["legs", "legt", "lagt"] = "legs"  # A and B are those of this HiPPO measure
+    discretization: Literal["bilinear", "backward_euler", "zoh"] = "bilinear"
+
+
+@dataclass(frozen=True)
 class MLPConfig:
     """Position-wise feed-forward layer."""
 

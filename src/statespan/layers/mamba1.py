@@ -8,7 +8,13 @@ from statespan.layers.linear import Linear, projection_of
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
 from statespan.layers.state import SSMState
-from statespan.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from statespan.ops import (
+    causal_conv1d,
+    causal_conv1d_update,
+    mamba1_inner,
+    selective_scan,
+    selective_state_update,
+)
 from statespan.ops.decode_step import Mamba1Weights
 
 
@@ -41,7 +47,40 @@ class Mamba1(Mixer):
     ) -> tuple[Tensor, SSMState | None]:
         if state is not None and hidden.shape[1] == 1 and segments is None and not torch.is_grad_enabled():
             return self._step(hidden, state)
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        mix = self._mix_at_once if self._at_once() else self._mix
+        y, conv, ssm = mix(self.in_proj(hidden), state, segments)
+        return self.out_proj(y), None if state is None else SSMState(conv, ssm)
+
+    def _at_once(self) -> bool:
+        """Whether the part between the outer projections runs as one op: gradients are wanted, and the inner
+        projections are plain (neither quantized nor wrapped by an adapter, whose forward must run)."""
+        return torch.is_grad_enabled() and type(self.x_proj) is Linear and type(self.dt_proj) is Linear
+
+    def _mix_at_once(
+        self, xz: Tensor, state: SSMState | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        norms = None
+        if self.config.inner_norms:
+            norms = (self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight)
+        return mamba1_inner(
+            xz,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            inner_norms=norms,
+            norm_epsilon=self.norm_epsilon,
+            initial_conv=None if state is None else state.conv,
+            initial_state=None if state is None else state.ssm,
+            segments=segments,
+            discretization=self.config.discretization,
+        )
+
+    def _mix(self, xz: Tensor, state: SSMState | None, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        x, z = xz.chunk(2, dim=-1)
         x, conv = causal_conv1d(
             x,
             self.conv1d.weight.squeeze(1),
@@ -65,7 +104,7 @@ class Mamba1(Mixer):
             return_final_state=True,
             discretization=self.config.discretization,
         )
-        return self.out_proj(y), None if state is None else SSMState(conv, ssm)
+        return y, conv, ssm
 
     def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What depends on the input: dt before bias and softplus [.. d], B and C [.. n]."""

@@ -9,7 +9,7 @@ from statespan.layers.linear import Linear, projection_of
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import GatedRMSNorm, RMSNorm
 from statespan.layers.state import SSMState
-from statespan.ops import causal_conv1d, causal_conv1d_update, ssd, ssd_state_update
+from statespan.ops import causal_conv1d, causal_conv1d_update, mamba2_inner, ssd, ssd_state_update
 from statespan.ops.decode_step import Mamba2Weights
 
 
@@ -43,7 +43,37 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, SSMState | None]:
         if state is not None and hidden.shape[1] == 1 and segments is None and not torch.is_grad_enabled():
             return self._step(hidden, state)
-        z, xBC, dt = self._project(hidden)
+        mix = self._mix_at_once if torch.is_grad_enabled() else self._mix
+        y, conv, ssm = mix(self.in_proj(hidden), state, segments)
+        return self.out_proj(y), None if state is None else SSMState(conv, ssm)
+
+    def _mix_at_once(
+        self, zxBCdt: Tensor, state: SSMState | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The part between the projections where gradients are wanted."""
+        gated = self.config.gated_norm
+        return mamba2_inner(
+            zxBCdt,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight if gated else None,
+            num_groups=self.config.num_groups,
+            norm_epsilon=self.norm_epsilon,
+            norm_size=self.norm.group_size if gated else None,
+            norm_before_gate=self.config.norm_before_gate,
+            initial_conv=None if state is None else state.conv,
+            initial_state=None if state is None else state.ssm,
+            segments=segments,
+            dt_limit=self.config.dt_limit,
+            chunk_size=self.config.chunk_size,
+            discretization=self.config.discretization,
+        )
+
+    def _mix(self, zxBCdt: Tensor, state: SSMState | None, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        z, xBC, dt = self._split(zxBCdt)
         xBC, conv = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -68,11 +98,10 @@ class Mamba2(Mixer):
             chunk_size=self.config.chunk_size,
             discretization=self.config.discretization,
         )
-        return self._output(y, z), None if state is None else SSMState(conv, ssm)
+        return self._gate(y, z), conv, ssm
 
-    def _project(self, hidden: Tensor) -> list[Tensor]:
-        sizes = [self.inner_size, self.inner_size + 2 * self.bc_size, self.num_heads]
-        return list(self.in_proj(hidden).split(sizes, dim=-1))
+    def _split(self, zxBCdt: Tensor) -> list[Tensor]:
+        return list(zxBCdt.split([self.inner_size, self.inner_size + 2 * self.bc_size, self.num_heads], dim=-1))
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [.. h p], B and C [.. g n] out of the conv's channels."""
@@ -80,12 +109,12 @@ class Mamba2(Mixer):
         groups = (self.config.num_groups, self.config.state_size)
         return x.unflatten(-1, (self.num_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         y = y.flatten(-2)
-        return self.out_proj(self.norm(y, z) if self.config.gated_norm else y * F.silu(z))
+        return self.norm(y, z) if self.config.gated_norm else y * F.silu(z)
 
     def _step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        z, xBC, dt = self._project(hidden[:, 0])
+        z, xBC, dt = self._split(self.in_proj(hidden[:, 0]))
         xBC, conv = causal_conv1d_update(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
         x, B, C = self._heads(xBC)
         y, ssm = ssd_state_update(
@@ -100,7 +129,7 @@ class Mamba2(Mixer):
             dt_limit=self.config.dt_limit,
             discretization=self.config.discretization,
         )
-        return self._output(y, z).unsqueeze(1), SSMState(conv, ssm)
+        return self.out_proj(self._gate(y, z)).unsqueeze(1), SSMState(conv, ssm)
 
     def step_weights(self, norm: RMSNorm) -> Mamba2Weights:
         gated = self.config.gated_norm

@@ -18,6 +18,12 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension of `x` [.. d]; the result has the weight's dtype, or autocast's."""
         return rms_norm(x, self.weight, eps=self.epsilon)
 
+    def add(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of hidden + update [.. d], and that sum in hidden's dtype; one pass over both. None: no update."""
+        if update is None:
+            return self(hidden), hidden
+        return rms_norm(update, self.weight, eps=self.epsilon, residual=hidden)
+
 
 class GatedRMSNorm(nn.Module):
     """y = RMSNorm(x * silu(z)), or RMSNorm(x) * silu(z) with norm_before_gate (Mamba-2, arXiv 2405.21060)."""

@@ -57,6 +57,18 @@ class SSMState(State):
 
 
 @dataclass(frozen=True)
+class LTIState(State):
+    """State of an S4, S4D or LSSL mixer."""
+
+    conv: Tensor  # [b conv_kernel-1 d], the newest inputs of the block's conv, oldest first; [b 0 d] without one
+    ssm: Tensor  # [b d n] float32, real and imaginary parts in turns where the system is complex
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.ssm.shape[1:])
+
+
+@dataclass(frozen=True)
 class RecurrentState(State):
     """State of an LSTM or GRU mixer."""
 

@@ -7,7 +7,7 @@ names as in the module) and the sizes of a mixer's state. A FLOP is one addition
 import math
 from dataclasses import dataclass
 
-from statespan.layers.config import MLPConfig, MoEConfig
+from statespan.layers.config import LTIConfig, MLPConfig, MoEConfig
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
 from statespan.ops.activation import GATED
@@ -34,6 +34,8 @@ def mixer_shapes(config: ModelConfig, mixer: str) -> Shapes:
             return _mamba2_shapes(config)
         case "attention":
             return _attention_shapes(config)
+        case "s4" | "s4d" | "lssl":
+            return _lti_shapes(config, mixer)
         case _:
             return _recurrent_shapes(config, gates=4 if mixer == "lstm" else 3)
 
@@ -68,6 +70,29 @@ def _attention_shapes(config: ModelConfig) -> Shapes:
     if sizes.conv_kernel:
         shapes |= _conv(qkv, sizes.conv_kernel, bias=True)
     return shapes | _linear("out_proj", hidden, queries, sizes.out_bias)
+
+
+def _lti_shapes(config: ModelConfig, mixer: str) -> Shapes:
+    sizes, hidden = _lti_config(config, mixer), config.hidden_size
+    inner, states = sizes.inner_size(hidden), sizes.state_size
+    parts = {"h3": 3, "mamba": 2}.get(sizes.block)
+    shapes: Shapes = {"log_dt": (inner,), "D": (inner,)}
+    if parts:
+        shapes |= _linear("in_proj", parts * inner, hidden, sizes.proj_bias) | _conv(
+            inner, sizes.conv_kernel, bias=True
+        )
+    shapes |= _linear("out_proj", 2 * hidden if sizes.block == "glu" else hidden, inner, sizes.proj_bias)
+    if mixer == "lssl":
+        return shapes | {"C": (inner, states)}
+    if mixer == "s4d" and config.s4d.init == "real":
+        return shapes | {"log_A_real": (inner, states), "C": (inner, states)}
+    pairs = (inner, states // 2)
+    shapes |= {"log_A_real": pairs, "A_imag": pairs, "C": (*pairs, 2)}
+    return shapes | ({"P": (*pairs, 2), "B": (*pairs, 2)} if mixer == "s4" else {})
+
+
+def _lti_config(config: ModelConfig, mixer: str) -> LTIConfig:
+    return {"s4": config.s4, "s4d": config.s4d}.get(mixer, config.lssl)
 
 
 def _recurrent_shapes(config: ModelConfig, gates: int) -> Shapes:
@@ -153,6 +178,7 @@ def forward_flops(config: ModelConfig, context_length: int) -> int:
     2 for each active entry of a matrix or conv tap (the head included, the embedding not), and for each mixer
     - Mamba-1: 7 d n for h = exp(dt A) h + (dt u) B, y = C h   (d channels, n states);
     - Mamba-2: 5 h p n for the same with one decay a head      (h heads of width p);
+    - S4 20 d n, S4D 7 d n (real: 5 d n), LSSL 2 d n (n+2) for one step of the recurrence (n real states);
     - attention: 4 h p t for q k^T and the weighted sum of v   (t visible tokens, at most the sliding window).
     Work of order d (norms, activations, gates, biases) is left out.
 
@@ -170,18 +196,27 @@ def layer_forward_flops(config: ModelConfig, spec: LayerSpec, context_length: in
     matrices = sum(
         2 * _active_size(config, name, shape)
         for name, shape in _layer_shapes(config, spec).items()
-        if len(shape) > 1 and not name.endswith(("A_log", "_bias"))
+        if len(shape) > 1 and not name.endswith(("A_log", "_bias", "log_A_real", "A_imag", ".P", ".B", ".C"))
     )
     match spec.mixer:
         case "mamba1":
             return matrices + 7 * config.mamba1_inner_size * config.mamba1.state_size
         case "mamba2":
             return matrices + 5 * config.mamba2_inner_size * config.mamba2.state_size
+        case "s4" | "s4d" | "lssl":
+            return matrices + _lti_step_flops(config, spec.mixer)
         case "attention":
             width = config.attention.num_heads * config.attention_head_dim
             return matrices + 4 * width * _visible(config, context_length)
         case _:
             return matrices
+
+
+def _lti_step_flops(config: ModelConfig, mixer: str) -> int:
+    sizes = _lti_config(config, mixer)
+    states = sizes.state_size
+    per_state = {"s4": 20, "s4d": 5 if config.s4d.init == "real" else 7}.get(mixer, 2 * (states + 2))
+    return per_state * sizes.inner_size(config.hidden_size) * states
 
 
 def training_flops(config: ModelConfig, sequence_length: int) -> int:
@@ -235,6 +270,11 @@ def layer_state_bytes(config: ModelConfig, spec: LayerSpec, value_bytes: int = 2
             return window * value_bytes + config.mamba2_inner_size * config.mamba2.state_size * ssm_bytes
         case "attention" if config.attention.conv_kernel:
             return (config.attention.conv_kernel - 1) * _qkv_size(config) * value_bytes
+        case "s4" | "s4d" | "lssl":
+            sizes = _lti_config(config, spec.mixer)
+            inner = sizes.inner_size(config.hidden_size)
+            window = (sizes.conv_kernel - 1) * inner if sizes.block in ("h3", "mamba") else 0
+            return window * value_bytes + inner * sizes.state_size * ssm_bytes
         case "lstm":
             return 2 * config.hidden_size * value_bytes
         case "gru":

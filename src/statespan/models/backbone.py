@@ -11,6 +11,7 @@ from statespan.layers.mlp import MLP
 from statespan.layers.moe import MoE, RouterMetrics
 from statespan.layers.norm import RMSNorm
 from statespan.layers.recurrent import Recurrent
+from statespan.layers.s4 import LSSL, S4, S4D
 from statespan.layers.state import ModelState, State
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
@@ -25,6 +26,12 @@ def build_mixer(config: ModelConfig, name: str) -> Mixer:
             return Mamba2(config.hidden_size, config.mamba2, config.norm_epsilon)
         case "attention":
             return Attention(config.hidden_size, config.attention)
+        case "s4":
+            return S4(config.hidden_size, config.s4)
+        case "s4d":
+            return S4D(config.hidden_size, config.s4d)
+        case "lssl":
+            return LSSL(config.hidden_size, config.lssl)
         case _:
             return Recurrent(config.hidden_size, config.recurrent, name)
 
@@ -35,7 +42,11 @@ def build_feed_forward(config: ModelConfig, name: str) -> MLP | MoE:
 
 
 class Block(nn.Module):
-    """h = h + mixer(norm(h));  h = h + feed_forward(norm(h)); either half may be absent."""
+    """h = h + mixer(norm(h));  h = h + feed_forward(norm(h)); either half may be absent.
+
+    A block takes and gives the residual stream h in two parts, `hidden` and an `update` that is still to be added: the
+    next norm adds it in the pass in which it reads h.
+    """
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
@@ -48,17 +59,21 @@ class Block(nn.Module):
             self.feed_forward = build_feed_forward(config, spec.feed_forward)
 
     def forward(
-        self, hidden: Tensor, state: State | None = None, segments: Tensor | None = None
-    ) -> tuple[Tensor, State | None, RouterMetrics | None]:
-        """One layer on the residual stream `hidden` [b t h]; returns it, the next state and the router's metrics."""
+        self,
+        hidden: Tensor,
+        update: Tensor | None = None,
+        state: State | None = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, State | None, RouterMetrics | None]:
+        """One layer on the residual stream hidden + update [b t h]: the same two, the next state, router metrics."""
         router = None
         if self.mixer is not None:
-            mixed, state = self.mixer(self.mixer_norm(hidden), state, segments)
-            hidden = hidden + mixed
+            normed, hidden = self.mixer_norm.add(hidden, update)
+            update, state = self.mixer(normed, state, segments)
         if self.feed_forward is not None:
-            changed, router = self.feed_forward(self.feed_forward_norm(hidden), segments)
-            hidden = hidden + changed
-        return hidden, state, router
+            normed, hidden = self.feed_forward_norm.add(hidden, update)
+            update, router = self.feed_forward(normed, segments)
+        return hidden, update, state, router
 
 
 class Backbone(nn.Module):
@@ -80,11 +95,16 @@ class Backbone(nn.Module):
                 "it comes from another model: make one with model.new_state(batch_size)"
             )
         routers: list[RouterMetrics] = []
-        activation = hidden.new_zeros(())
+        activation, update = hidden.new_zeros(()), None
         for index, layer in enumerate(self.layers):
-            hidden, states[index], router = layer(hidden, states[index], segments)
+            hidden, update, states[index], router = layer(hidden, update, states[index], segments)
             if router is not None:
                 routers.append(router)
             if self.collect_activations:
-                activation = activation + hidden.float().pow(2).mean() / len(self.layers)
+                activation = activation + _sum(hidden, update).float().pow(2).mean() / len(self.layers)
+        hidden = _sum(hidden, update)
         return hidden, None if state is None else ModelState(tuple(states)), tuple(routers), activation
+
+
+def _sum(hidden: Tensor, update: Tensor | None) -> Tensor:
+    return hidden if update is None else hidden + update

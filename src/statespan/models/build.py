@@ -15,6 +15,7 @@ def build(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    draw_on_device: bool = False,
 ) -> LanguageModel:
     """A model with fresh weights, initialised as models/initialization.py says.
 
@@ -23,6 +24,8 @@ def build(
         seed: of the weights; the same seed gives the same weights on every device.
         device: where the weights lie; "meta" gives shapes without memory.
         dtype: of the weights; A_log, D and dt_bias stay float32.
+        draw_on_device: draw the weights where they lie: quick for billions of them on a GPU, but other values there
+            than on the CPU.
     Raises:
         UnknownName: no preset has that name; the message offers the nearest.
 
@@ -36,7 +39,7 @@ def build(
         raise UserError(f"build takes a preset's name or a ModelConfig, got {type(preset_or_config).__name__}")
     model = empty_model(config, device=device, dtype=dtype)
     if model.device.type != "meta":
-        initialize(model, config, seed)
+        initialize(model, config, seed, model.device if draw_on_device else "cpu")
     return model
 
 

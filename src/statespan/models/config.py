@@ -9,11 +9,15 @@ from statespan.dataclass_io import from_plain, to_plain
 from statespan.errors import UserError
 from statespan.layers.config import (
     AttentionConfig,
+    LSSLConfig,
+    LTIConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
     MoEConfig,
     RecurrentConfig,
+    S4Config,
+    S4DConfig,
 )
 from statespan.models.layer_pattern import LayerSpec
 
@@ -28,6 +32,9 @@ class ModelConfig:
     mamba1: Mamba1Config = Mamba1Config()
     mamba2: Mamba2Config = Mamba2Config()
     attention: AttentionConfig = AttentionConfig()
+    s4: S4Config = S4Config()
+    s4d: S4DConfig = S4DConfig()
+    lssl: LSSLConfig = LSSLConfig()
     recurrent: RecurrentConfig = RecurrentConfig()
     mlp: MLPConfig = MLPConfig()
     moe: MoEConfig = MoEConfig()
@@ -55,6 +62,9 @@ class ModelConfig:
             _check_mamba2(self)
         if "attention" in used:
             _check_attention(self)
+        for name in ("s4", "s4d", "lssl"):
+            if name in used:
+                _check_lti(name, getattr(self, name))
         if "moe" in used:
             _check_moe(self.moe)
 
@@ -123,6 +133,19 @@ def _check_attention(config: ModelConfig) -> None:
         raise UserError(f"ModelConfig.attention: num_heads {heads} must divide hidden_size {config.hidden_size}")
     if heads % kv_heads:
         raise UserError(f"ModelConfig.attention: num_kv_heads {kv_heads} must divide num_heads {heads}")
+
+
+def _check_lti(name: str, config: LTIConfig) -> None:
+    where = f"ModelConfig.{name}"
+    if min(config.state_size, config.expand, config.conv_kernel) < 1:
+        raise UserError(f"{where}: state_size, expand and conv_kernel must be at least 1")
+    in_pairs = isinstance(config, S4Config) or (isinstance(config, S4DConfig) and config.init != "real")
+    if in_pairs and config.state_size % 2:
+        raise UserError(f"{where}: state_size {config.state_size} must be even: states come in conjugate pairs")
+    if config.expand != 1 and config.block not in ("h3", "mamba"):
+        raise UserError(f"{where}: expand {config.expand} needs block 'h3' or 'mamba'; {config.block!r} has no in_proj")
+    if not 0 < config.dt_min <= config.dt_max:
+        raise UserError(f"{where}: dt_min {config.dt_min} must be above 0 and at most dt_max {config.dt_max}")
 
 
 def _check_moe(config: MoEConfig) -> None:

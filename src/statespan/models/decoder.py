@@ -6,23 +6,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from statespan.layers.attention import Attention
+from statespan.layers.mixer import Mixer
+from statespan.layers.mlp import MLP
+from statespan.layers.moe import MoE
 from statespan.layers.norm import RMSNorm
-from statespan.layers.state import ModelState, SSMState, State
+from statespan.layers.state import KVCache, ModelState, SSMState
 from statespan.models.backbone import Block
-from statespan.ops.decode_step import FeedForwardWeights, Mamba1Weights, Mamba2Weights, prepare
+from statespan.models.mixer_step import MixerStep, StaticAttention, StaticSSM, layer_step, prepared_step, ssm_forward
+from statespan.ops.decode_step import FeedForwardWeights, HeadWeights, Mamba1Weights, Mamba2Weights, prepare
+from statespan.ops.dispatch import resolve
 
-Step = Callable[[Tensor, State | None], tuple[Tensor, State | None]]
+Step = Callable[[Tensor], Tensor]
+Weights = Mamba1Weights | Mamba2Weights | FeedForwardWeights | HeadWeights
 
 
 class Decoder:
-    """The steps of a generation: `decoder(ids [b], state) -> (logits [b v], state)`, as `model(ids[:, None], state=)`.
+    """The steps of a generation: `start(state)`, then `decoder(ids [b]) -> logits [b v]` as often as wanted.
 
     Made by `model.decoder(batch_size)`, for use under torch.inference_mode(). Each half of a block, h + f(norm(h)), is
-    one prepared call where `ops.decode_step` has one, and the layers' own forward elsewhere. States go in and come out
-    as values. Make a new one when the batch size changes or the weights are moved; not for two threads at once.
+    one prepared call where `ops.decode_step` has one, and the layers' own forward elsewhere. On a GPU the state lives
+    in memory of the decoder, so that the steps can be a CUDA graph: see `captured`. Make a new decoder when the
+    batch size changes or the weights are moved; not for two threads at once.
 
     Args:
         embedding, blocks, head: the model's parts; head takes the residual stream [b h] to logits.
+        head_weights: what a prepared step of the head reads; None: it has none.
         batch_size: b.
         hidden_dtype: of the residual stream.
     """
@@ -32,70 +41,111 @@ class Decoder:
         embedding: nn.Embedding,
         blocks: Sequence[Block],
         head: Callable[[Tensor], Tensor],
+        head_weights: HeadWeights | None,
         batch_size: int,
         hidden_dtype: torch.dtype,
     ) -> None:
         self.batch_size = batch_size
-        self._embedding, self._head, self._hidden_dtype = embedding, head, hidden_dtype
-        self._steps = [self._block_step(block) for block in blocks]
+        self._embedding, self._hidden_dtype = embedding, hidden_dtype
+        self._device, self._dtype = embedding.weight.device, embedding.weight.dtype
+        self._head = (None if head_weights is None else self._prepare(head_weights)) or head
+        self._mixers: list[MixerStep | None] = []  # one a block
+        self._halves: list[Step] = []  # in the order in which they run
+        self.captures = self._device.type == "cuda"  # whether a CUDA graph can hold the steps
+        for block in blocks:
+            self._add(block)
+        self.capturing = False  # a graph: nothing runs now, and each replay makes room for its token itself
+        self.moves = 0  # how often memory moved that a graph may hold
 
-    def __call__(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """Feed one token to each row.
+    def start(self, state: ModelState, room: int = 1) -> None:
+        """Go on from `state`, of this model with b rows; it is not changed. `room`: how many tokens will come."""
+        for mixer, layer in zip(self._mixers, state.layers, strict=True):
+            if mixer is not None and layer is not None:
+                self.moves += mixer.start(layer, room)
 
-        Args:
-            ids: [b] int64, inside the vocabulary.
-            state: of this model, b rows; it is not changed.
-        Returns:
-            The logits of the next token [b v], and the next state.
-        """
+    def state(self) -> ModelState:
+        """The state as a value."""
+        return ModelState(tuple(None if mixer is None else mixer.state() for mixer in self._mixers))
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Feed one token to each row, ids [b] int64 inside the vocabulary; gives the logits of the next token [b v]."""
+        if not self.capturing:
+            self.expect_token()
         hidden = self._embedding(ids).to(self._hidden_dtype)
-        states: list[State | None] = []
-        for step, before in zip(self._steps, state.layers, strict=True):
-            hidden, after = step(hidden, before)
-            states.append(after)
-        return self._head(hidden), ModelState(tuple(states))
+        for half in self._halves:
+            hidden = half(hidden)
+        return self._head(hidden)
 
-    def _block_step(self, block: Block) -> Step:
-        """One block on hidden [b h]."""
-        mixer = self._mixer_step(block) if block.mixer is not None else None
-        feed_forward = self._feed_forward_step(block) if block.feed_forward is not None else None
-
-        def step(hidden: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+    def expect_token(self) -> None:
+        """Make room for one more token."""
+        for mixer in self._mixers:
             if mixer is not None:
-                hidden, state = mixer(hidden, state)
-            return (hidden if feed_forward is None else feed_forward(hidden)), state
+                self.moves += mixer.make_room()
 
-        return step
+    def captured(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """`run`, which feeds this decoder one token a row, as one CUDA graph where that can be.
 
-    def _mixer_step(self, block: Block) -> Step:
-        layer, norm = block.mixer, block.mixer_norm
-        assert layer is not None
+        Apart from this it works on tensors that stay where they are, and waits for nothing. What it returns is
+        overwritten by the next call. The first call runs as it is, for what is compiled or looked up then.
+        """
+        return _Captured(self, run) if self.captures else run
+
+    def _add(self, block: Block) -> None:
+        """The steps of one block."""
+        mixer = None if block.mixer is None else self._mixer_step(block.mixer, block.mixer_norm)
+        self._mixers.append(mixer)
+        if mixer is not None:
+            self._halves.append(mixer)
+            self.captures = self.captures and mixer.static
+        if block.feed_forward is not None:
+            self._halves.append(self._feed_forward_step(block.feed_forward, block.feed_forward_norm))
+
+    def _mixer_step(self, layer: Mixer, norm: RMSNorm) -> MixerStep:
         weights = layer.step_weights(norm)
         prepared = None if weights is None else self._prepare(weights)
-        if prepared is None:
-            return _forward_step(layer, norm)
+        if self._device.type != "cuda":
+            return layer_step(layer, norm) if prepared is None else prepared_step(prepared)
+        state = layer.new_state(self.batch_size, self._device, self._dtype)
+        if isinstance(state, SSMState):
+            return StaticSSM(prepared or ssm_forward(layer, norm), state)
+        if isinstance(layer, Attention) and isinstance(state, KVCache):
+            return StaticAttention(layer, norm, state)
+        return layer_step(layer, norm)
 
-        def step(hidden: Tensor, state: State | None) -> tuple[Tensor, State | None]:
-            assert isinstance(state, SSMState)
-            hidden, conv, ssm = prepared(hidden, state.conv, state.ssm)
-            return hidden, SSMState(conv, ssm)
+    def _feed_forward_step(self, layer: MLP | MoE, norm: RMSNorm) -> Step:
+        prepared = self._prepare(layer.step_weights(norm))
+        if prepared is not None:
+            return prepared
+        if isinstance(layer, MoE) and resolve("grouped_mlp", "auto", self._device, self._dtype) != "triton":
+            self.captures = False  # the others wait for the device
+        return lambda hidden: hidden + layer(norm(hidden.unsqueeze(1)))[0].squeeze(1)
 
-        return step
-
-    def _feed_forward_step(self, block: Block) -> Callable[[Tensor], Tensor]:
-        layer, norm = block.feed_forward, block.feed_forward_norm
-        assert layer is not None
-        return self._prepare(layer.step_weights(norm)) or (
-            lambda hidden: hidden + layer(norm(hidden.unsqueeze(1)))[0].squeeze(1)
-        )
-
-    def _prepare(self, weights: Mamba1Weights | Mamba2Weights | FeedForwardWeights) -> Callable[..., Any] | None:
-        return prepare(weights, self.batch_size, self._hidden_dtype, self._embedding.weight.dtype)
+    def _prepare(self, weights: Weights) -> Callable[..., Any] | None:
+        return prepare(weights, self.batch_size, self._hidden_dtype, self._dtype)
 
 
-def _forward_step(layer: torch.nn.Module, norm: RMSNorm) -> Step:
-    def step(hidden: Tensor, state: State | None) -> tuple[Tensor, State | None]:
-        mixed, state = layer(norm(hidden.unsqueeze(1)), state)
-        return hidden + mixed.squeeze(1), state
+class _Captured:
+    """A graph that is captured at the second call, and again where memory moved."""
 
-    return step
+    def __init__(self, decoder: Decoder, run: Callable[[], Tensor]) -> None:
+        self._decoder, self._run = decoder, run
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: Tensor | None = None
+        self._moves = -1  # of the decoder, that the graph knows of
+
+    def __call__(self) -> Tensor:
+        decoder = self._decoder
+        if self._output is None:
+            self._output = self._run()
+            return self._output
+        decoder.expect_token()
+        if self._graph is None or self._moves != decoder.moves:
+            self._graph, self._moves = torch.cuda.CUDAGraph(), decoder.moves
+            decoder.capturing = True
+            try:
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    self._output = self._run()
+            finally:
+                decoder.capturing = False
+        self._graph.replay()
+        return self._output

@@ -11,6 +11,10 @@
 | A_log, Mamba-2 | log of a uniform in A_init_range | arXiv 2405.21060 |
 | dt_bias | softplus^-1 of a log-uniform step size in [dt_min, dt_max], at least dt_floor | mamba |
 | Mamba-1 dt_proj.weight | uniform within dt_rank^-1/2 | mamba |
+| S4, S4D, LSSL log_dt | log of a log-uniform step size in [dt_min, dt_max] | arXiv 2111.00396 |
+| S4 log_A_real, A_imag, P, B | HiPPO-LegS in diagonal plus low-rank form | arXiv 2111.00396, theorem 1 |
+| S4D log_A_real, A_imag | LegS, Lin, Inv or Real, as config.init says | arXiv 2206.11893, section 4 |
+| their C and D | normal, standard deviation 1; a complex C has it in all | s4 |
 | LSTM and GRU | uniform within 1 / sqrt(hidden_size) | nn.LSTM |
 """
 
@@ -27,19 +31,25 @@ from statespan.layers.mamba2 import Mamba2
 from statespan.layers.mlp import MLP
 from statespan.layers.moe import Experts
 from statespan.layers.recurrent import Recurrent
+from statespan.layers.s4 import S4D, LTIMixer
 from statespan.models.config import ModelConfig
+from statespan.ops.lti import diagonal_eigenvalues, dplr
 
 Initializer = Callable[[Tensor], Tensor]
 
 
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of a LanguageModel in place; the same seed gives the same values on every device."""
-    generator = Generator().manual_seed(seed)
+def initialize(model: nn.Module, config: ModelConfig, seed: int, draw_on: torch.device | str = "cpu") -> None:
+    """Fill every parameter of a LanguageModel in place, with random numbers of the device `draw_on`.
+
+    A seed gives the same values on every machine while they are drawn on the CPU; a GPU draws billions in no time.
+    """
+    generator = Generator(draw_on).manual_seed(seed)
     modules = dict(model.named_modules())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             owner_name, _, leaf = name.rpartition(".")
-            values = torch.empty(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            values = torch.empty(parameter.shape, dtype=dtype, device=draw_on)
             fill = _initializer(modules, owner_name, leaf, config, generator)
             parameter.copy_(fill(values))
 
@@ -51,6 +61,8 @@ def _initializer(
     parent = modules[parent_name]
     if isinstance(owner, Mamba1 | Mamba2):
         return _state_space(owner, leaf, generator)
+    if isinstance(owner, LTIMixer):
+        return _time_invariant(owner, leaf, generator)
     if isinstance(owner, nn.Embedding) or owner_name == "lm_head":
         return lambda values: values.normal_(0.0, config.initializer_range, generator=generator)
     if isinstance(owner, Experts):
@@ -82,6 +94,8 @@ def _linear(
     bound = layer.in_features**-0.5
     if name == "out_proj" and isinstance(parent, Mamba1 | Mamba2 | Attention):
         bound *= residual_scale(config)
+    if name == "out_proj" and isinstance(parent, LTIMixer) and parent.block != "s5":  # whose out_proj is only a gate
+        bound *= residual_scale(config)
     if name == "down_proj" and isinstance(parent, MLP):
         bound *= residual_scale(config)
     return _uniform(bound, generator)
@@ -101,7 +115,7 @@ def _state_space(mixer: Mamba1 | Mamba2, leaf: str, generator: Generator) -> Ini
     if leaf == "dt_bias":
         return lambda values: values.copy_(_inverse_softplus(_step_sizes(mixer.config, values, generator)))
     if isinstance(mixer, Mamba1):
-        return lambda values: values.copy_(torch.arange(1, values.shape[1] + 1).log().expand_as(values))
+        return lambda values: values.copy_(values.new_ones(values.shape[1]).cumsum(0).log().expand_as(values))
     low, high = mixer.config.A_init_range
     return lambda values: values.uniform_(low, high, generator=generator).log_()
 
@@ -113,3 +127,24 @@ def _step_sizes(config: Mamba1Config | Mamba2Config, like: Tensor, generator: Ge
 
 def _inverse_softplus(value: Tensor) -> Tensor:
     return value + torch.log(-torch.expm1(-value))
+
+
+def _time_invariant(mixer: LTIMixer, leaf: str, generator: Generator) -> Initializer:
+    if leaf in ("C", "D"):  # the real and imaginary parts of a complex C share the variance
+        return lambda values: values.normal_(0.0, 0.5**0.5 if values.dim() == 3 else 1.0, generator=generator)
+    if leaf == "log_dt":
+        low, high = math.log(mixer.config.dt_min), math.log(mixer.config.dt_max)
+        return lambda values: values.uniform_(low, high, generator=generator)
+    return lambda values: values.copy_(_hippo_values(mixer, leaf))
+
+
+def _hippo_values(mixer: LTIMixer, leaf: str) -> Tensor:
+    """Those of one channel."""
+    if isinstance(mixer, S4D):
+        A = diagonal_eigenvalues(mixer.init, mixer.state_size)
+    else:
+        form = dplr("legs", mixer.state_size)
+        if leaf in ("P", "B"):
+            return torch.view_as_real(form.P[0] if leaf == "P" else form.B)
+        A = form.eigenvalues
+    return A.imag if leaf == "A_imag" else torch.log(-A.real)

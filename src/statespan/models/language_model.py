@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
 
 from statespan.errors import UserError
-from statespan.layers.linear import Int8Linear, Linear
+from statespan.layers.linear import Int8Linear, Linear, projection_of
 from statespan.layers.moe import RouterMetrics
 from statespan.layers.norm import RMSNorm
 from statespan.layers.state import ModelState, State
@@ -17,6 +18,7 @@ from statespan.models.backbone import Backbone, Block
 from statespan.models.config import ModelConfig
 from statespan.models.decoder import Decoder
 from statespan.ops import linear, linear_cross_entropy
+from statespan.ops.decode_step import HeadWeights, Projection
 
 
 class Tokenizer(Protocol):
@@ -172,7 +174,21 @@ class LanguageModel(nn.Module):
 
     def decoder(self, batch_size: int) -> Decoder:
         """A fast form of `model(ids[:, None], state=)` for generation: see Decoder."""
-        return Decoder(self.embedding, self.layers, self.head, batch_size, self.stream_dtype)
+        own_head = WeakMethod(self.head)  # a decoder that is kept must not keep the model
+
+        def head(hidden: Tensor) -> Tensor:
+            method = own_head()
+            assert method is not None  # who decodes holds the model
+            return method(hidden)
+
+        return Decoder(self.embedding, self.layers, head, self._head_weights(), batch_size, self.stream_dtype)
+
+    def _head_weights(self) -> HeadWeights | None:
+        """What a prepared decoding step of the head reads; None where the last norm is no RMSNorm."""
+        if not isinstance(self.final_norm, RMSNorm):
+            return None
+        projection = Projection(self.embedding.weight) if self.lm_head is None else projection_of(self.lm_head)
+        return HeadWeights(self.final_norm.weight, self.final_norm.epsilon, projection, self.config.vocab_size)
 
     def save(self, directory: str | Path, format: Literal["statespan", "transformers"] = "statespan") -> None:
         """Write config, safetensors and tokenizer to `directory`; "transformers" writes files that it can load."""

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from statespan.errors import UnknownName, UserError
 
-MixerName = Literal["mamba1", "mamba2", "attention", "lstm", "gru"]
+MixerName = Literal["mamba1", "mamba2", "attention", "s4", "s4d", "lssl", "lstm", "gru"]
 FeedForwardName = Literal["mlp", "moe"]
 MIXERS: tuple[str, ...] = get_args(MixerName)
 FEED_FORWARDS: tuple[str, ...] = get_args(FeedForwardName)
@@ -20,6 +20,8 @@ CHARACTERS = {
     "M": "mamba2",
     "m": "mamba1",
     "*": "attention",
+    "S": "s4",
+    "D": "s4d",
     "+": "mlp",
     "-": "mlp",
     "E": "moe",
@@ -55,7 +57,7 @@ class LayerSpec:
 
 
 def pattern_from_text(text: str) -> tuple[LayerSpec, ...]:
-    """One layer a character: M mamba2, m mamba1, * attention, + or - MLP, E experts; spaces are free."""
+    """One layer a character: M mamba2, m mamba1, * attention, S s4, D s4d, + or - MLP, E experts; spaces are free."""
     layers = []
     for position, character in enumerate(text):
         if character.isspace():

@@ -15,6 +15,8 @@ from statespan.layers.config import (
     MLPConfig,
     MoEConfig,
     RecurrentConfig,
+    S4Config,
+    S4DConfig,
 )
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec, pattern_from_periods, pattern_from_text
@@ -310,6 +312,26 @@ def _baseline_rows() -> dict[str, Preset]:
                 **NEOX, vocab_multiple=8, hidden_size=1024, layers=_repeat(kind, depth), recurrent=RecurrentConfig()
             ),
         )
+    rows["s4-130m"] = Preset(
+        "Mamba's block round S4 (arXiv 2111.00396), about the size of mamba-130m",
+        ModelConfig(
+            **NEOX,
+            vocab_multiple=8,
+            hidden_size=768,
+            layers=_repeat("s4", 24),
+            s4=S4Config(block="mamba", expand=2),
+        ),
+    )
+    rows["s4d-130m"] = Preset(
+        "Mamba's block round S4D (arXiv 2206.11893), about the size of mamba-130m",
+        ModelConfig(
+            **NEOX,
+            vocab_multiple=8,
+            hidden_size=768,
+            layers=_repeat("s4d", 24),
+            s4d=S4DConfig(block="mamba", expand=2),
+        ),
+    )
     return rows
 
 

@@ -1,9 +1,12 @@
 """Pure tensor functions, each with a reference, a fast CPU form and gradients; see docs/architecture.md."""
 
 from statespan.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from statespan.ops.decode_attention import decode_attention
 from statespan.ops.grouped_mlp import grouped_mlp
 from statespan.ops.linear import linear, quantize_rows
 from statespan.ops.linear_cross_entropy import linear_cross_entropy
+from statespan.ops.mamba1_inner import mamba1_inner
+from statespan.ops.mamba2_inner import mamba2_inner
 from statespan.ops.rms_norm import gated_rms_norm, rms_norm
 from statespan.ops.selective_scan import selective_scan
 from statespan.ops.ssd import ssd
@@ -12,10 +15,13 @@ from statespan.ops.state_update import selective_state_update, ssd_state_update
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "decode_attention",
     "gated_rms_norm",
     "grouped_mlp",
     "linear",
     "linear_cross_entropy",
+    "mamba1_inner",
+    "mamba2_inner",
     "quantize_rows",
     "rms_norm",
     "selective_scan",

@@ -28,6 +28,18 @@ def check_groups(op: str, groups: int, letter: str, count: int) -> None:
         raise UserError(f"{op}: the {groups} groups of B and C must divide {letter} = {count}")
 
 
+def check_devices(op: str, **tensors: Tensor | None) -> None:
+    """Raise UserError unless all the tensors are on one device: kernels take addresses."""
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise UserError(f"{op}: {first} is on {device}, and {name} on {tensor.device}; move them to one device")
+
+
 def check_name(kind: str, name: str, known: Collection[str]) -> None:
     """Raise UnknownName, with the nearest known one, unless the name is known."""
     if name not in known:

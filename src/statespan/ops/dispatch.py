@@ -13,103 +13,123 @@ from importlib.util import find_spec
 import torch
 
 from statespan.errors import BackendUnavailable, UnknownName
+from statespan.ops.notices import say_once
 
 
 @cache
-def _why_not_numba() -> str | None:
+def _no_numba(device: torch.device) -> str | None:
     if find_spec("numba") is None:
         return "numba is not installed; pip install numba"
     return None
 
 
-def _why_not_cpu(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    if device.type != "cpu":
-        return f"it runs on the CPU only, and the tensors are on {device}"
-    for dtype in dtypes:
-        if dtype not in (torch.float32, torch.bfloat16):
-            return f"its kernels take float32 and bfloat16, and a tensor is {str(dtype).removeprefix('torch.')}"
-    return _why_not_numba()
-
-
 @cache
-def _why_not_cuda_core() -> str | None:
+def _no_cuda_core(device: torch.device) -> str | None:
+    if too_old := _too_old(device):
+        return too_old
     if find_spec("cuda") is None or find_spec("cuda.core") is None:
         return "cuda-core is not installed; pip install 'statespan[cuda]'"
-    try:
-        from statespan.ops.cuda_kernels.compiler import nvrtc_version
+    from statespan.ops.cuda_kernels import compiler
 
-        nvrtc_version()
-    except Exception as error:
-        return f"NVRTC does not load ({str(error).splitlines()[0][:80]}); pip install 'statespan[cuda]'"
-    return None
-
-
-def _why_not_cuda(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"it runs on NVIDIA GPUs only, and the tensors are on {device}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0 or above, and {torch.cuda.get_device_name(device)} is older"
-    for dtype in dtypes:
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            name = str(dtype).removeprefix("torch.")
-            return f"its kernels take float32, bfloat16 and float16, and a tensor is {name}"
-    return _why_not_cuda_core()
+    return compiler.why_not(torch.cuda.get_device_capability(device))
 
 
 @cache
-def _why_not_triton_package() -> str | None:
+def _no_triton(device: torch.device) -> str | None:
+    if too_old := _too_old(device):
+        return too_old
     if find_spec("triton") is None:
         return "triton is not installed; pip install triton"
-    return None
+    from statespan.ops.triton_kernels import release
+
+    return release.why_not()
 
 
-def _why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    if device.type != "cuda":
-        return f"it runs on NVIDIA and AMD GPUs only, and the tensors are on {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+def _too_old(device: torch.device) -> str | None:
+    if _kind(device) == "nvidia" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs compute capability 8.0 or above, and {torch.cuda.get_device_name(device)} is older"
-    for dtype in dtypes:
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            name = str(dtype).removeprefix("torch.")
-            return f"its kernels take float32, bfloat16 and float16, and a tensor is {name}"
-    return _why_not_triton_package()
-
-
-def _never(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return None
+
+
+def _kind(device: torch.device) -> str:
+    """ "cpu", "nvidia", "amd", or the name of another type of device."""
+    if device.type == "cuda":
+        return "nvidia" if torch.version.hip is None else "amd"
+    return device.type
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A named way to run ops."""
+    """A named way to run ops: the kinds of device (none: any) and dtypes (none: any) it has kernels for."""
 
     name: str
     summary: str
-    why_not: Callable[[torch.device, tuple[torch.dtype, ...]], str | None]  # None: it can run on that device
+    kinds: tuple[str, ...] = ()
+    only: str = ""  # the kinds in words
+    dtypes: tuple[torch.dtype, ...] = ()
+    missing: Callable[[torch.device], str | None] | None = None  # what it lacks on a device of such a kind
+
+    def why_not(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+        """Why it cannot run on the device with tensors of these dtypes, in words; None where it can."""
+        if self.kinds and _kind(device) not in self.kinds:
+            return f"it runs on {self.only} only, and the tensors are on {device}"
+        for dtype in dtypes:
+            if self.dtypes and dtype not in self.dtypes:
+                *names, last = (str(known).removeprefix("torch.") for known in self.dtypes)
+                given = str(dtype).removeprefix("torch.")
+                return f"its kernels take {', '.join(names)} and {last}, and a tensor is {given}"
+        return self.missing(device) if self.missing else None
 
 
+_HALVES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = {
-    "cpu": Backend("cpu", "Numba kernels compiled at first use", _why_not_cpu),
-    "cuda": Backend("cuda", "CUDA C++ kernels compiled at first use, NVIDIA GPUs", _why_not_cuda),
-    "triton": Backend("triton", "Triton kernels compiled at first use, NVIDIA and AMD GPUs", _why_not_triton),
-    "torch": Backend("torch", "vectorised PyTorch, any device", _never),
-    "reference": Backend("reference", "the plain equations in PyTorch, any device, slow", _never),
+    backend.name: backend
+    for backend in (
+        Backend(
+            "cpu",
+            "Numba kernels compiled at first use",
+            kinds=("cpu",),
+            only="the CPU",
+            dtypes=(torch.float32, torch.bfloat16),
+            missing=_no_numba,
+        ),
+        Backend(
+            "cuda",
+            "CUDA C++ kernels compiled at first use, NVIDIA GPUs",
+            kinds=("nvidia",),
+            only="NVIDIA GPUs",
+            dtypes=_HALVES,
+            missing=_no_cuda_core,
+        ),
+        Backend(
+            "triton",
+            "Triton kernels compiled at first use, NVIDIA and AMD GPUs",
+            kinds=("nvidia", "amd"),
+            only="NVIDIA and AMD GPUs",
+            dtypes=_HALVES,
+            missing=_no_triton,
+        ),
+        Backend("torch", "vectorised PyTorch, any device"),
+        Backend("reference", "the plain equations in PyTorch, any device, slow"),
+    )
 }
 
 # The backends of each op, best first.
 OPS: dict[str, tuple[str, ...]] = {
-    "selective_scan": ("cpu", "cuda", "reference"),
-    "ssd": ("torch", "reference"),
+    "selective_scan": ("cpu", "cuda", "triton", "reference"),
+    "ssd": ("triton", "torch", "reference"),
     "causal_conv1d": ("cpu", "triton", "torch", "reference"),
     "causal_conv1d_update": ("cpu", "triton", "reference"),
     "selective_state_update": ("cpu", "triton", "reference"),
     "ssd_state_update": ("cpu", "triton", "reference"),
-    "mamba1_step": ("cpu", "torch"),
-    "mamba2_step": ("cpu", "torch"),
-    "feed_forward_step": ("cpu", "torch"),
+    "mamba1_step": ("cpu", "cuda", "torch"),
+    "mamba2_step": ("cpu", "cuda", "torch"),
+    "feed_forward_step": ("cpu", "cuda", "torch"),
+    "head_step": ("cuda", "torch"),
     "rms_norm": ("cpu", "triton", "reference"),
     "gated_rms_norm": ("cpu", "triton", "reference"),
-    "grouped_mlp": ("torch", "reference"),
+    "grouped_mlp": ("triton", "torch", "reference"),
+    "decode_attention": ("triton", "torch", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
     "linear": ("cpu", "torch"),
 }
@@ -125,24 +145,44 @@ def resolve(
 
     Raises UnknownName for a name that is no backend of the op, BackendUnavailable where a named one cannot run.
     """
-    candidates, limits = OPS[op], dict(too_large)
+    if backend not in ("auto", *OPS[op]):
+        raise UnknownName(f"backend of {op}", backend, OPS[op])
+    reasons = _reasons(op, device, dtypes, too_large)
     if backend == "auto":
-        able = (name for name in candidates if name not in limits)
-        return next(name for name in able if BACKENDS[name].why_not(device, dtypes) is None)
-    if backend not in candidates:
-        raise UnknownName(f"backend of {op}", backend, candidates)
-    reason = BACKENDS[backend].why_not(device, dtypes) or limits.get(backend)
-    if reason is not None:
+        chosen = _best(reasons)
+        if torch.float64 not in dtypes:  # which is asked for on purpose
+            _tell_what_is_missed(op, chosen, device, reasons)
+        return chosen
+    if (reason := reasons[backend]) is not None:
         raise BackendUnavailable(f"backend {backend!r} of {op} cannot run here: {reason}")
     return backend
+
+
+def _reasons(
+    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], too_large: tuple[tuple[str, str], ...] = ()
+) -> dict[str, str | None]:
+    """Why each backend of the op cannot run, or None where it can; best first."""
+    limits = dict(too_large)
+    return {name: BACKENDS[name].why_not(device, dtypes) or limits.get(name) for name in OPS[op]}
+
+
+def _best(reasons: dict[str, str | None]) -> str:
+    return next(name for name, reason in reasons.items() if reason is None)
+
+
+def _tell_what_is_missed(op: str, chosen: str, device: torch.device, reasons: dict[str, str | None]) -> None:
+    """Say once for each op which slower backend runs and why, where a better one is made for this kind of device."""
+    better = list(reasons.items())[: list(reasons).index(chosen)]
+    missed = [f"{name!r}: {reason}" for name, reason in better if _kind(device) in BACKENDS[name].kinds]
+    if missed:
+        say_once(f"missed {op}", f"{op} on {device} runs on its slower backend {chosen!r}. {'. '.join(missed)}")
 
 
 def explain(device: torch.device) -> list[tuple[str, str, str]]:
     """Rows (op, backend, "runs" | "ready" | why not) of every op on `device`; the first ready one runs."""
     rows = []
     for op, candidates in OPS.items():
-        chosen = resolve(op, "auto", device)
-        for name in candidates:
-            reason = BACKENDS[name].why_not(device, ())
-            rows.append((op, name, "runs" if name == chosen else reason or "ready"))
+        reasons = _reasons(op, device, ())
+        chosen = _best(reasons)
+        rows += [(op, name, "runs" if name == chosen else reasons[name] or "ready") for name in candidates]
     return rows

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from statespan.ops.notices import say
+
 
 def cache_directory() -> Path | None:
     """Where object code is kept: NUMBA_CACHE_DIR, else the user's cache folder; None where there can be no folder."""
@@ -39,4 +41,4 @@ def announce(kernel: str, path: Path | None) -> None:
     kept = "not cached: no folder to write to, set NUMBA_CACHE_DIR"
     if path is not None and os.access(path.parent, os.W_OK):
         kept = f"cached in {path.parent}"
-    print(f"statespan: compiling {kernel} (once; {kept})", file=sys.stderr, flush=True)
+    say(f"compiling {kernel} (once; {kept})")

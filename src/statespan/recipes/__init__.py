@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from statespan.errors import UnknownName, UserError
-from statespan.recipes import baselines, jamba, mamba
+from statespan.recipes import baselines, h100, jamba, mamba, s4
 from statespan.training.config import TrainingConfig
 
 Recipe = Callable[[], TrainingConfig]
@@ -22,11 +22,16 @@ RECIPES: dict[str, Recipe] = {
         mamba.mambabyte_tiny_cpu,
         mamba.mamba2_tiny_cpu,
         mamba.mamba_130m_cpu,
+        s4.s4d_tiny_cpu,
         jamba.jamba_small_cpu,
         jamba.moe_mamba_tiny_cpu,
         baselines.transformer_tiny_cpu,
         baselines.lstm_tiny_cpu,
         baselines.gru_tiny_cpu,
+        h100.mamba_100m_h100,
+        h100.mamba2_100m_h100,
+        h100.jamba_100m_h100,
+        h100.transformer_100m_h100,
     )
 }
 

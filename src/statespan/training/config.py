@@ -111,6 +111,7 @@ class RunConfig:
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; the parameters stay float32
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, about 1/3 more time
     device: str = "cpu"
+    cuda_graph: bool = False  # capture forward and backward once and replay them: faster where layers are short
     log_every: int = 10  # steps a row of metrics
     save_every: int | None = None  # steps between checkpoints; None: at the end only
     keep_checkpoints: int = 2  # newest ones kept
@@ -152,6 +153,12 @@ class TrainingConfig:
         require(
             schedule.kind != "wsd" or schedule.warmup_fraction + schedule.decay_fraction <= 1,
             "schedule.warmup_fraction + schedule.decay_fraction must be at most 1",
+        )
+        on_host = sorted({spec.mixer for spec in self.model.layers if spec.mixer in ("s4", "s4d", "lssl")})
+        require(
+            not (run.cuda_graph and on_host),
+            f"run.cuda_graph cannot capture {', '.join(on_host)} layers, which read the lengths of packed documents on "
+            "the host; set run.cuda_graph=false",
         )
         require(bool(self.data.train), "data.train is empty; name a file or folder of text: data.train=book.txt")
 

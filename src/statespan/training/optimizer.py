@@ -5,15 +5,15 @@ from torch.optim import AdamW
 
 from statespan.training.config import OptimizerConfig
 
-SSM_PARAMETERS = frozenset({"A_log", "D", "dt_bias"})
+SSM_PARAMETERS = frozenset({"A_log", "D", "dt_bias", "log_dt", "log_A_real", "A_imag", "P", "B"})
 
 
 def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay shrinks the parameter called `name`.
 
-    It shrinks matrices and conv taps. It leaves alone A_log, D and the dt biases (decay would pull the memory's time
-    scales to one value, arXiv 2312.00752), biases, norms and every other vector, and the embedding, tied to the head
-    or not: a rare token's row gets few gradients to make up for the decay.
+    It shrinks matrices, conv taps and S4's C. It leaves alone A_log, D and the dt biases, and A, B and dt of S4 (decay
+    would pull the memory's time scales to one value, arXiv 2312.00752), biases, norms and every other vector, and the
+    embedding, tied to the head or not: a rare token's row gets few gradients to make up for the decay.
     """
     leaf = name.rpartition(".")[2]
     return not (parameter.ndim < 2 or leaf in SSM_PARAMETERS or leaf.endswith("bias") or name.startswith("embedding."))

@@ -1,10 +1,11 @@
 """Activation checkpointing: keep each block's input only, and run the block again in the backward."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -16,9 +17,16 @@ def recomputing(blocks: Iterable[nn.Module], enabled: bool = True) -> Generator[
     """
     wrapped = list(blocks) if enabled else []
     for block in wrapped:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(_recomputed, block.forward)
     try:
         yield
     finally:
         for block in wrapped:
             del block.forward  # the class's own forward shows again
+
+
+def _recomputed(forward: Callable[..., Any], hidden: Tensor, update: Tensor | None, *others: Any) -> Any:
+    """The block on the sum of both parts of the stream, so that one tensor is kept and not two."""
+    hidden = hidden if update is None else hidden + update
+    # No layer draws random numbers, and their state cannot be read while a CUDA graph is captured.
+    return checkpoint(forward, hidden, None, *others, use_reentrant=False, preserve_rng_state=False)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.optim import AdamW
 from statespan.errors import NonFiniteLoss
 from statespan.layers.moe import RouterMetrics
 from statespan.models.language_model import LanguageModel
+from statespan.training.captured import Captured
 from statespan.training.config import TrainingConfig
 from statespan.training.metrics import Row, Totals, router_row
 from statespan.training.non_finite import first_non_finite
@@ -87,7 +89,7 @@ class Trainer:
         learning_rate = factor * self.config.optimizer.learning_rate
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.config.run.cuda_graph)
         self._count(parts, position, time.perf_counter() - started)
         return {"learning_rate": learning_rate, "gradient_norm": gradient_norm}, router
 
@@ -112,23 +114,36 @@ class Trainer:
         for part in parts:
             if part.num_predicted == 0:  # documents of one token only: a mean over nothing
                 continue
-            loss, aux_loss, router = self._forward(part)
-            total = loss * (part.num_predicted / num_predicted) + aux_loss / len(parts)
-            if not total.isfinite():
+            share = torch.tensor(part.num_predicted / num_predicted)
+            loss, aux_loss, router = self._gradients(*self._inputs(part), share.to(self.model.device))
+            nats, aux = torch.stack([loss.double(), aux_loss.double()]).tolist()  # the one wait for the device
+            if not math.isfinite(nats + aux):
                 raise self._non_finite("the loss", [part])
-            total.backward()
-            totals.nats += loss.item() * part.num_predicted
-            totals.aux_loss += aux_loss.item() / len(parts)
+            totals.nats += nats * part.num_predicted
+            totals.aux_loss += aux / len(parts)
             totals.num_predicted += part.num_predicted
             totals.num_bytes += part.num_bytes
         return router
 
-    def _forward(self, part: Batch) -> tuple[Tensor, Tensor, tuple[RouterMetrics, ...]]:
-        device, precision = self.model.device, PRECISIONS[self.config.run.precision]
-        input_ids = part.input_ids.to(device)
-        segments = None if part.segments is None else part.segments.to(device)
-        recompute = self.config.run.activation_checkpointing
-        autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    @cached_property
+    def _gradients(self) -> Callable[..., tuple[Tensor, Tensor, tuple[RouterMetrics, ...]]]:
+        """(input_ids, segments, share) -> loss, aux_loss, router, and the gradients added to the parameters'."""
+        return Captured(self.model, self._forward_backward) if self.config.run.cuda_graph else self._forward_backward
+
+    def _forward_backward(
+        self, input_ids: Tensor, segments: Tensor | None, share: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[RouterMetrics, ...]]:
+        loss, aux_loss, router = self._forward(input_ids, segments)
+        (loss * share + aux_loss / self.config.run.accumulation_steps).backward()
+        return loss.detach(), aux_loss.detach(), router
+
+    def _inputs(self, part: Batch) -> tuple[Tensor, Tensor | None]:
+        device = self.model.device
+        return part.input_ids.to(device), None if part.segments is None else part.segments.to(device)
+
+    def _forward(self, input_ids: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, tuple[RouterMetrics, ...]]:
+        precision, recompute = PRECISIONS[self.config.run.precision], self.config.run.activation_checkpointing
+        autocast = torch.autocast(self.model.device.type, precision, enabled=precision != torch.float32)
         with autocast, recomputing(self.model.layers, recompute):
             output = self.model(input_ids, segments=segments, labels=input_ids)
         assert output.loss is not None  # labels were given
@@ -146,7 +161,7 @@ class Trainer:
         """Run the batch again under watch and say where it went wrong."""
 
         def again(part: Batch) -> Tensor:
-            loss, aux_loss, _ = self._forward(part)
+            loss, aux_loss, _ = self._forward(*self._inputs(part))
             return loss + aux_loss
 
         self.optimizer.zero_grad()

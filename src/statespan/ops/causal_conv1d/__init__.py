@@ -4,7 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from statespan.ops.arguments import check_dim, check_name, check_shape, needs_gradients, refuse_gradients
+from statespan.ops.arguments import (
+    check_devices,
+    check_dim,
+    check_name,
+    check_shape,
+    needs_gradients,
+    refuse_gradients,
+)
 from statespan.ops.causal_conv1d import reference, torch_backend
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
@@ -41,7 +48,7 @@ def causal_conv1d(
         respect to x, weight, bias and initial_state.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message), or the activation is unknown.
+        UserError: shapes or devices disagree (both in the message), or the activation is unknown.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: sums and SiLU in float32 (float64 for float64 inputs).
@@ -54,6 +61,7 @@ def causal_conv1d(
     check_dim("causal_conv1d", "x", x, "[b t d]")
     batch, length, channels = x.shape
     silu = _check("causal_conv1d", channels, weight, bias, activation)
+    check_devices("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state, segments=segments)
     if initial_state is not None:
         state_shape = (batch, weight.shape[1] - 1, channels)
         check_shape("causal_conv1d", "initial_state", initial_state, "[b k-1 d]", state_shape)
@@ -84,7 +92,7 @@ def causal_conv1d_update(
         autograd records.
 
     Raises:
-        UserError: shapes disagree, the activation is unknown, or backend="cpu" is to be differentiated.
+        UserError: shapes or devices disagree, the activation is unknown, or backend="cpu" is to be differentiated.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Example:
@@ -94,6 +102,7 @@ def causal_conv1d_update(
     batch, channels = x.shape
     silu = _check("causal_conv1d_update", channels, weight, bias, activation)
     check_shape("causal_conv1d_update", "state", state, "[b k-1 d]", (batch, weight.shape[1] - 1, channels))
+    check_devices("causal_conv1d_update", state=state, x=x, weight=weight, bias=bias)
     if needs_gradients(state, x, weight, bias):
         refuse_gradients("causal_conv1d_update", backend)
         return reference.causal_conv1d_update(state, x, weight, bias, silu)
@@ -144,7 +153,9 @@ def _backward(
     segments: Tensor | None,
     silu: bool,
     backend: str,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the initial state; that of x is written to `into` [b t d], where it is given."""
     name = resolve("causal_conv1d", backend, x.device, x.dtype, weight.dtype)
     if name == "cpu":
         from statespan.ops.causal_conv1d import cpu  # loads compiled kernels, so imported when it runs
@@ -153,7 +164,7 @@ def _backward(
     elif name == "triton":
         from statespan.ops.causal_conv1d import triton_backend  # imports Triton, so imported when it runs
 
-        found = triton_backend.backward(grad_y, grad_final_state, x, weight, bias, initial_state, segments, silu)
+        found = triton_backend.backward(grad_y, grad_final_state, x, weight, bias, initial_state, segments, silu, into)
     else:
         function = (torch_backend if name == "torch" else reference).causal_conv1d
         found = gradients(
@@ -161,6 +172,8 @@ def _backward(
             (x, weight, bias, initial_state),
             (grad_y, grad_final_state),
         )
+    if into is not None and found[0] is not None and found[0] is not into:
+        found = into.copy_(found[0]), *found[1:]
     absent = x.new_empty(0)
     return tuple(absent if gradient is None else gradient for gradient in found)  # type: ignore[return-value]  # four
 

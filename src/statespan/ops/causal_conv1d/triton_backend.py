@@ -2,20 +2,19 @@
 # A launch takes options, num_warps, that are no parameters of the kernel.
 """The causal depthwise convolution on GPUs: tensors to the kernels of `triton_kernels.py`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from statespan.ops.causal_conv1d import triton_kernels as kernels
 from statespan.ops.layout import last_contiguous
 from statespan.ops.triton_kernels import multiprocessors, on, power_of_two
+from statespan.ops.tuning import Tunable
 
-UNROLL = 4  # tokens whose loads are in flight at once
 SEARCH = 128  # tokens that are looked through at once for one that is no padding
 WARPS = 1
 SHORTEST = 16  # tokens of a strip, where there are few
-# Warps that the registers let a Hopper multiprocessor hold, and tokens of the longest strip.
-FORWARD, FORWARD_SEGMENTS = (24, 200), (24, 64)
-BACKWARD, BACKWARD_SEGMENTS = (14, 300), (12, 84)
 
 
 def _block(channels: int) -> int:
@@ -48,7 +47,8 @@ def forward(
     if y.numel() == 0:
         return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     x = last_contiguous(x)
-    strips, strip = _strips(x, *(FORWARD if segments is None else FORWARD_SEGMENTS))
+    tuned = (FORWARD if segments is None else FORWARD_SEGMENTS).best(x.device, channels)
+    strips, strip = _strips(x, tuned["warps_at_once"], tuned["longest"])
     block = _block(channels)
     with on(x.device):
         kernels.forward[(batch * strips * -(-channels // block),)](
@@ -69,7 +69,7 @@ def forward(
             weight.stride(1),
             SILU=silu,
             TAPS=taps,
-            UNROLL=UNROLL,
+            UNROLL=tuned["unroll"],
             BLOCK=block,
             SEARCH=SEARCH,
             SPAN=power_of_two(strip + 2 * (taps - 1)),
@@ -87,17 +87,19 @@ def backward(
     initial_state: Tensor | None,
     segments: Tensor | None,
     silu: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias and initial_state."""
+    """Gradients of x (in `into`, where it is given; its rows may be strided), weight, bias and initial_state."""
     (batch, length, channels), taps = x.shape, weight.shape[1]
-    grad_x = x.new_empty(x.shape)
+    grad_x = x.new_empty(x.shape) if into is None else into
     grad_initial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     if grad_x.numel() == 0:
         if grad_initial_state is not None:
             grad_initial_state.copy_(grad_final_state)
         return grad_x, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), grad_initial_state
     x, grad_y = last_contiguous(x), last_contiguous(grad_y)
-    strips, strip = _strips(x, *(BACKWARD if segments is None else BACKWARD_SEGMENTS))
+    tuned = (BACKWARD if segments is None else BACKWARD_SEGMENTS).best(x.device, channels)
+    strips, strip = _strips(x, tuned["warps_at_once"], tuned["longest"])
     block = _block(channels)
     parts = x.new_empty(batch * strips, taps + 1, channels, dtype=torch.float32)
     with on(x.device):
@@ -120,11 +122,13 @@ def backward(
             grad_y.stride(1),
             x.stride(0),
             x.stride(1),
+            grad_x.stride(0),
+            grad_x.stride(1),
             weight.stride(0),
             weight.stride(1),
             SILU=silu,
             TAPS=taps,
-            UNROLL=UNROLL,
+            UNROLL=tuned["unroll"],
             BLOCK=block,
             SEARCH=SEARCH,
             SPAN=power_of_two(strip + 2 * (taps - 1)),
@@ -161,3 +165,25 @@ def update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: 
             num_warps=WARPS,
         )
     return y, next_state
+
+
+def _trial(backwards: bool, documents: bool) -> Callable[[torch.device, int], Callable[[], object]]:
+    def trial(device: torch.device, channels: int) -> Callable[[], object]:
+        x, grad = (torch.randn(8, 2048, channels, dtype=torch.bfloat16, device=device) for _ in range(2))
+        weight, bias = torch.randn(channels, 4, device=device), torch.randn(channels, device=device)
+        segments = (torch.arange(2048, device=device) // 500).expand(8, -1).contiguous() if documents else None
+        if backwards:
+            return lambda: backward(grad, grad[:, :3], x, weight, bias, None, segments, True)
+        return lambda: forward(x, weight, bias, None, segments, True)
+
+    return trial
+
+
+# Tokens whose loads are in flight at once, warps that a multiprocessor holds, and tokens of the longest strip.
+_CHOICES = {"unroll": (4, 8), "warps_at_once": (8, 14, 24), "longest": (64, 200, 300)}
+_SIZES = (1536, 5120)
+FORWARD = Tunable("causal_conv1d.forward", _SIZES, _trial(False, False), **_CHOICES)
+FORWARD_SEGMENTS = Tunable("causal_conv1d.forward_segments", _SIZES, _trial(False, True), **_CHOICES)
+BACKWARD = Tunable("causal_conv1d.backward", _SIZES, _trial(True, False), **_CHOICES)
+BACKWARD_SEGMENTS = Tunable("causal_conv1d.backward_segments", _SIZES, _trial(True, True), **_CHOICES)
+TUNABLES = (FORWARD, FORWARD_SEGMENTS, BACKWARD, BACKWARD_SEGMENTS)

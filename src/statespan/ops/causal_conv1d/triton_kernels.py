@@ -252,7 +252,7 @@ def _finish(value, place, to, write):
 
     Rows below 0 are those of the initial state, which the first strip writes.
     """
-    grad_initial_state, start, stop, channels, mask, history = write
+    grad_initial_state, start, stop, channels, mask, history, _stride = write
     inside = (place >= start) & (place < stop)
     tl.store(to, value.to(to.dtype.element_ty), both(mask, inside))
     if grad_initial_state is not None:
@@ -264,7 +264,7 @@ def _finish(value, place, to, write):
 @triton.jit
 def _finish_at(value, place, grad_x, write):
     """`_finish` of a row that can be anywhere."""
-    _finish(value, place, grad_x + place.to(tl.int64) * write[3], write)
+    _finish(value, place, grad_x + place.to(tl.int64) * write[6], write)
 
 
 @triton.jit
@@ -369,14 +369,14 @@ def _walk_back(
     for _ in range(0, (stop - start) // UNROLL):
         tokens_ahead = _load_tokens(x, t + UNROLL, stop, x_stride, mask, UNROLL)
         grads_ahead = _load_tokens(grad_y, t + UNROLL, stop, grad_y_stride, mask, UNROLL)
-        to = grad_x + (t - HISTORY).to(tl.int64) * channels
+        to = grad_x + (t - HISTORY).to(tl.int64) * write[6]
         for u in tl.static_range(UNROLL):
             token = tokens[u].to(tl.float32)
             grad = _slope_of(grads[u].to(tl.float32), window, token, taps, offset, SILU)
             sums = _add_products(sums, grad, window, token)
             bias_sum += grad
             full = _add_taps(pending, grad, taps)
-            _finish(full[0], t + u - HISTORY, to + u * channels, write)
+            _finish(full[0], t + u - HISTORY, to + u * write[6], write)
             pending = full[1:]
             window = (window + (token,))[1:]
         tokens, grads = tokens_ahead, grads_ahead
@@ -439,7 +439,7 @@ def _walk_back_segments(
         grad_ahead = tl.load(grad_y + (t + 1).to(tl.int64) * grad_y_stride, both(mask, more), 0.0)
         number_ahead = tl.load(segments + t + 1, more, -1).to(tl.int64)
         padding = both(mask, number < 0)
-        tl.store(grad_x + t.to(tl.int64) * channels, zeros.to(grad_x.dtype.element_ty), padding)
+        tl.store(grad_x + t.to(tl.int64) * write[6], zeros.to(grad_x.dtype.element_ty), padding)
         window, pending, places, current, sums, bias_sum = _segment_step(
             token, grad, number, t, window, pending, places, current, sums, bias_sum, taps, offset, t >= 0,
             grad_x, write, SILU,
@@ -481,6 +481,8 @@ def backward(
     grad_y_stride,
     x_batch_stride,
     x_stride,
+    grad_x_batch_stride,
+    grad_x_stride,
     weight_stride,
     tap_stride,
     SILU: tl.constexpr,
@@ -504,8 +506,8 @@ def backward(
     source = (x + batch * x_batch_stride + column, x_stride, initial_state, channels, mask)
     grad_final_state += batch * HISTORY * channels + column
     upstream = (grad_y + batch * grad_y_batch_stride + column, grad_y_stride, grad_final_state)
-    grad_x += batch * length * channels + column
-    write = (grad_initial_state, start, stop, channels, mask, HISTORY)
+    grad_x += batch * grad_x_batch_stride + column
+    write = (grad_initial_state, start, stop, channels, mask, HISTORY, grad_x_stride)
     parts += program.to(tl.int64) * (TAPS + 1) * channels + column
     taps, offset = _weights(weight, bias, column, weight_stride, tap_stride, mask, TAPS)
 

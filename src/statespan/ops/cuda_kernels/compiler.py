@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from statespan.errors import BackendUnavailable, first_line
 from statespan.ops.kernel_cache import announce, cache_directory, store
 
 HERE = Path(__file__).parent
@@ -61,6 +62,31 @@ def nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
+def _known_architectures() -> list[int]:
+    """What NVRTC compiles for: 90 is sm_90."""
+    nvrtc: Any = import_module("cuda.bindings.nvrtc")
+    return nvrtc.nvrtcGetSupportedArchs()[1]
+
+
+NEEDED = ("Device", "LaunchConfig", "ObjectCode", "Program", "ProgramOptions", "Stream", "launch")  # of cuda.core
+
+
+def why_not(capability: tuple[int, int]) -> str | None:
+    """Why kernels cannot be compiled here for a GPU of that compute capability, in words; None where they can."""
+    remedy = "pip install --upgrade 'statespan[cuda]'"
+    try:
+        core, known = cuda_core(), _known_architectures()
+    except Exception as error:
+        return f"cuda-core or NVRTC does not load ({first_line(error)}); {remedy}"
+    missing = [name for name in NEEDED if not hasattr(core, name)]
+    if missing:
+        return f"cuda-core {getattr(core, '__version__', '')} has no cuda.core.{missing[0]}, it is too old; {remedy}"
+    major, minor = capability
+    if 10 * major + minor not in known:
+        return f"NVRTC {nvrtc_version()} does not know sm_{major}{minor}, the GPU is newer; {remedy}"
+    return None
+
+
 def cubin(file: Path, arch: str, macros: Mapping[str, str | int]) -> bytes:
     """As compile_cubin, from the disk if it was compiled before."""
     directory = cache_directory()
@@ -73,7 +99,14 @@ def cubin(file: Path, arch: str, macros: Mapping[str, str | int]) -> bytes:
         code = b""
     if not code:
         announce(f"{file.parent.name}.{file.stem} for {arch}", path)
-        code = compile_cubin(file, arch, macros)
+        try:
+            code = compile_cubin(file, arch, macros)
+        except Exception as error:
+            wrong = next((line for line in str(error).splitlines() if " error" in line), str(error))
+            raise BackendUnavailable(
+                f"NVRTC {nvrtc_version()} does not compile {file.parent.name}.{file.stem} for {arch}:"
+                f" {first_line(wrong)}; pip install --upgrade 'statespan[cuda]', or name another backend"
+            ) from error
         if path:
             store(path, code)
     return code

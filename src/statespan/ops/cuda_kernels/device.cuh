@@ -122,18 +122,25 @@ INLINE float reciprocal(float x) {
 
 INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_(-LOG2E * x)); }
 
-// log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), and log1p(e) = 2 atanh(e / (2 + e)) as a series: exact to 1e-7 of it.
-INLINE float softplus(float x) {
-    float e = exp2_(-LOG2E * fabsf(x));
-    float s = e * reciprocal(2.0f + e), q = s * s;
-    float series = fmaf(q, 1.0f / 15, 1.0f / 13);
-    series = fmaf(q, series, 1.0f / 11);
-    series = fmaf(q, series, 1.0f / 9);
-    series = fmaf(q, series, 1.0f / 7);
-    series = fmaf(q, series, 1.0f / 5);
-    series = fmaf(q, series, 1.0f / 3);
-    series = fmaf(q, series, 1.0f);
-    return fmaf(2.0f * s, series, fmaxf(x, 0.0f));
+// log1p(e) for e in [0, 1], exact to 2e-7 of it: e times a polynomial, minimax of degree 8.
+INLINE float log1p_(float e) {
+    float series = fmaf(e, 0.00523242215f, -0.0295041483f);
+    series = fmaf(e, series, 0.0782241747f);
+    series = fmaf(e, series, -0.136630952f);
+    series = fmaf(e, series, 0.191059366f);
+    series = fmaf(e, series, -0.248429641f);
+    series = fmaf(e, series, 0.333190948f);
+    series = fmaf(e, series, -0.499994934f);
+    series = fmaf(e, series, 0.99999994f);
+    return e * series;
+}
+
+// log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), and its derivative, the sigmoid of x.
+INLINE float softplus(float x) { return fmaxf(x, 0.0f) + log1p_(exp2_(-LOG2E * fabsf(x))); }
+INLINE float softplus(float x, float& derivative) {
+    float e = exp2_(-LOG2E * fabsf(x)), upper = reciprocal(1.0f + e);
+    derivative = x >= 0.0f ? upper : e * upper;
+    return fmaxf(x, 0.0f) + log1p_(e);
 }
 
 // Sums COUNT values over LANES lanes that are STRIDE apart, in log2(LANES) rounds that halve the values as they go.

@@ -9,16 +9,28 @@ from typing import Any
 
 import torch
 
-from statespan.ops.decode_step.weights import FeedForwardWeights, Mamba1Weights, Mamba2Weights, Projection, Router
+from statespan.ops.decode_step.weights import (
+    FeedForwardWeights,
+    HeadWeights,
+    Mamba1Weights,
+    Mamba2Weights,
+    Projection,
+    Router,
+)
 from statespan.ops.dispatch import resolve
 
-__all__ = ["FeedForwardWeights", "Mamba1Weights", "Mamba2Weights", "Projection", "Router", "prepare"]
+__all__ = ["FeedForwardWeights", "HeadWeights", "Mamba1Weights", "Mamba2Weights", "Projection", "Router", "prepare"]
 
-OPS = {Mamba1Weights: "mamba1_step", Mamba2Weights: "mamba2_step", FeedForwardWeights: "feed_forward_step"}
+OPS = {
+    Mamba1Weights: "mamba1_step",
+    Mamba2Weights: "mamba2_step",
+    FeedForwardWeights: "feed_forward_step",
+    HeadWeights: "head_step",
+}
 
 
 def prepare(
-    weights: Mamba1Weights | Mamba2Weights | FeedForwardWeights,
+    weights: Mamba1Weights | Mamba2Weights | FeedForwardWeights | HeadWeights,
     num_rows: int,
     hidden_dtype: torch.dtype,
     conv_dtype: torch.dtype,
@@ -33,14 +45,29 @@ def prepare(
 
     Returns:
         For a mixer `step(hidden [b h], conv_state [b k-1 c], ssm_state) -> (hidden, conv_state, ssm_state)`, for a
-        feed-forward layer `step(hidden) -> hidden`. Inputs are left as they are. Not differentiable, and not for two
-        threads at once: a step owns its scratch memory. It reads the weights where they were when it was prepared.
+        feed-forward layer `step(hidden) -> hidden`, for the head `step(hidden) -> logits [b v]`. On the CPU inputs are
+        left as they are; on a GPU hidden and the states are overwritten and returned, so that a CUDA graph can hold the
+        step. Not differentiable, and not for two threads at once: a step owns its scratch memory. It reads the weights
+        where they were when it was prepared.
 
     Numerics: what passes between the parts is float32, whatever the weights are; it is not rounded on the way.
     """
     device = weights.norm.device
-    if resolve(OPS[type(weights)], "auto", device, hidden_dtype, conv_dtype) != "cpu":
-        return None
+    match resolve(OPS[type(weights)], "auto", device, hidden_dtype, conv_dtype):
+        case "cuda":
+            return _on_cuda(weights, num_rows, hidden_dtype, conv_dtype)
+        case "cpu" if not isinstance(weights, HeadWeights):
+            return _on_cpu(weights, num_rows, hidden_dtype, conv_dtype)
+        case _:
+            return None
+
+
+def _on_cpu(
+    weights: Mamba1Weights | Mamba2Weights | FeedForwardWeights,
+    num_rows: int,
+    hidden_dtype: torch.dtype,
+    conv_dtype: torch.dtype,
+) -> Callable[..., Any] | None:
     from statespan.ops.decode_step import cpu  # loads compiled kernels, so imported when it runs
 
     match weights:
@@ -50,3 +77,22 @@ def prepare(
             return cpu.mamba2(weights, num_rows, hidden_dtype, conv_dtype)
         case FeedForwardWeights():
             return cpu.feed_forward(weights, num_rows, hidden_dtype)
+
+
+def _on_cuda(
+    weights: Mamba1Weights | Mamba2Weights | FeedForwardWeights | HeadWeights,
+    num_rows: int,
+    hidden_dtype: torch.dtype,
+    conv_dtype: torch.dtype,
+) -> Callable[..., Any] | None:
+    from statespan.ops.decode_step import cuda  # loads the CUDA bindings, so imported when it runs
+
+    match weights:
+        case Mamba1Weights():
+            return cuda.mamba1(weights, num_rows, hidden_dtype, conv_dtype)
+        case Mamba2Weights():
+            return cuda.mamba2(weights, num_rows, hidden_dtype, conv_dtype)
+        case FeedForwardWeights():
+            return cuda.feed_forward(weights, num_rows, hidden_dtype)
+        case HeadWeights():
+            return cuda.head(weights, num_rows, hidden_dtype)

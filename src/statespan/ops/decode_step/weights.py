@@ -77,3 +77,13 @@ class FeedForwardWeights:
     down_proj: Projection
     activation: str  # of statespan.ops.activation
     router: Router | None = None
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """Projection(RMSNorm(h)): the logits, of which only the first `outputs` are wanted."""
+
+    norm: Tensor
+    norm_epsilon: float
+    projection: Projection
+    outputs: int

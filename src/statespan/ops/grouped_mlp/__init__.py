@@ -7,7 +7,7 @@ from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.ops.activation import ACTIVATIONS, GATED
-from statespan.ops.arguments import check_dim, check_name, check_shape, needs_gradients
+from statespan.ops.arguments import check_devices, check_dim, check_name, check_shape, needs_gradients
 from statespan.ops.autocast import autocast
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
@@ -50,7 +50,8 @@ def grouped_mlp(
         respect to every float input; the backward keeps the inner rows [t k f] before the activation.
 
     Raises:
-        UserError: shapes or dtypes disagree, or an index names no expert.
+        UserError: shapes, dtypes or devices disagree, or an index names no expert (with "triton" the token's output
+            is NaN instead: to raise, the host would have to wait for the device).
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: products in x.dtype, the weighted sum over the choices in float32. Deterministic.
@@ -79,6 +80,18 @@ def grouped_mlp(
     check_shape(op, "down_bias", down_bias, "[e h]", (experts, hidden_size))
     check_shape(op, "up_scale", up_scale, "[e 2f]" if activation in GATED else "[e f]", (experts, up_size))
     check_shape(op, "down_scale", down_scale, "[e h]", (experts, hidden_size))
+    check_devices(
+        op,
+        x=x,
+        expert_index=expert_index,
+        expert_weight=expert_weight,
+        up_proj=up_proj,
+        down_proj=down_proj,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        up_scale=up_scale,
+        down_scale=down_scale,
+    )
     int8 = [up_proj.dtype == torch.int8, down_proj.dtype == torch.int8, up_scale is not None, down_scale is not None]
     if any(int8) and not all(int8):
         raise UserError(f"{op}: int8 weights need up_scale and down_scale, both, and others take none")
@@ -144,10 +157,16 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """y, and with `keep` what the backward needs."""
     with torch.autocast(x.device.type, enabled=False):
-        if resolve("grouped_mlp", backend, x.device, x.dtype) == "reference":
-            y = reference.grouped_mlp(x, expert_index, expert_weight, experts, activation)
-            return y, x.new_empty(0, experts.up_proj.shape[1])
-        return by_expert.forward(x, expert_index, expert_weight, experts, activation, keep)
+        match resolve("grouped_mlp", backend, x.device, x.dtype):
+            case "triton":
+                from statespan.ops.grouped_mlp import triton_backend  # imports Triton, so imported when it runs
+
+                return triton_backend.forward(x, expert_index, expert_weight, experts, activation, keep)
+            case "torch":
+                return by_expert.forward(x, expert_index, expert_weight, experts, activation, keep)
+            case _:
+                y = reference.grouped_mlp(x, expert_index, expert_weight, experts, activation)
+                return y, x.new_empty(0, experts.up_proj.shape[1])
 
 
 def _backward(
@@ -165,16 +184,21 @@ def _backward(
 ) -> list[Tensor]:
     experts = Experts(up_proj, down_proj, up_bias, down_bias)
     with torch.autocast(x.device.type, enabled=False):
-        if resolve("grouped_mlp", backend, x.device, x.dtype) == "reference":
-            found = gradients(
-                lambda x, weight, *experts: (
-                    reference.grouped_mlp(x, expert_index, weight, Experts(*experts), activation),
-                ),
-                (x, expert_weight, up_proj, down_proj, up_bias, down_bias),
-                (grad_y,),
-            )
-        else:
-            found = by_expert.backward(grad_y, kept, x, expert_index, expert_weight, experts, activation)
+        match resolve("grouped_mlp", backend, x.device, x.dtype):
+            case "triton":
+                from statespan.ops.grouped_mlp import triton_backward  # imports Triton, so imported when it runs
+
+                found = triton_backward.backward(grad_y, kept, x, expert_index, expert_weight, experts, activation)
+            case "torch":
+                found = by_expert.backward(grad_y, kept, x, expert_index, expert_weight, experts, activation)
+            case _:
+                found = gradients(
+                    lambda x, weight, *experts: (
+                        reference.grouped_mlp(x, expert_index, weight, Experts(*experts), activation),
+                    ),
+                    (x, expert_weight, up_proj, down_proj, up_bias, down_bias),
+                    (grad_y,),
+                )
     return [gradient for gradient in found if gradient is not None]
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statespan.errors import UserError
-from statespan.ops.arguments import check_dim, check_shape, needs_gradients
+from statespan.ops.arguments import check_devices, check_dim, check_shape, needs_gradients
 from statespan.ops.custom_op import define
 from statespan.ops.dispatch import resolve
 
@@ -37,7 +37,7 @@ def linear(
         y [.. o] in x.dtype (under autocast in its dtype). Gradients are those of F.linear; int8 weights have none.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message), or a scale is missing or in excess.
+        UserError: shapes or devices disagree (both in the message), or a scale is missing or in excess.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: where x and weight differ in dtype the narrower one is widened; sums are float32; int8 weights meet x as
@@ -48,6 +48,8 @@ def linear(
         >>> linear(torch.randn(1, 8), quantized, scale=scale).shape
         torch.Size([1, 16])
     """
+    if x.is_cuda and x.dtype == weight.dtype and scale is None and x.shape[-1] == weight.shape[-1]:
+        return F.linear(x, weight, bias)  # the plain case is not to cost more than that
     check_dim("linear", "weight", weight, "[o i]")
     outputs, inputs = weight.shape
     check_shape("linear", "x", x, "[.. i]", (*x.shape[:-1], inputs))
@@ -55,6 +57,7 @@ def linear(
     check_shape("linear", "scale", scale, "[o]", (outputs,))
     if (scale is None) is (weight.dtype == torch.int8):
         raise UserError(f"linear: int8 weights need a scale and others take none; weight is {weight.dtype}")
+    check_devices("linear", x=x, weight=weight, bias=bias, scale=scale)
     if needs_gradients(x, weight, bias, scale) or torch.is_autocast_enabled(x.device.type):
         return _torch(x, weight, bias, scale)
     return _linear(x, weight, bias, scale, backend)

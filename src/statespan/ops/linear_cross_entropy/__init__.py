@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from statespan.errors import UserError
-from statespan.ops.arguments import check_dim, check_name, check_shape, needs_gradients
+from statespan.ops.arguments import check_devices, check_dim, check_name, check_shape, needs_gradients
 from statespan.ops.autocast import autocast
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
@@ -48,7 +48,8 @@ def linear_cross_entropy(
         respect to hidden and weight.
 
     Raises:
-        UserError: shapes disagree, or a label is out of range.
+        UserError: shapes or devices disagree, or a label is out of range (on a GPU, where the check would wait for the
+            device, its loss is NaN).
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: products in weight.dtype (under autocast in its dtype), softmax and sums in float32. "none" computes the
@@ -63,6 +64,7 @@ def linear_cross_entropy(
     vocab_size, hidden_size = weight.shape
     check_shape(op, "hidden", hidden, "[.. h]", (*hidden.shape[:-1], hidden_size))
     check_shape(op, "labels", labels, "[..]", tuple(hidden.shape[:-1]))
+    check_devices(op, hidden=hidden, weight=weight, labels=labels)
     check_name(f"reduction of {op}", reduction, REDUCTIONS)
     valid = vocab_size if valid_vocab_size is None else valid_vocab_size
     if not 0 < valid <= vocab_size:
@@ -127,7 +129,8 @@ def _forward(
     need_weight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_labels(labels[labels != ignore_index], valid)
+    if not hidden.is_cuda:  # there the check would wait for the device; a wrong label makes the loss NaN
+        _check_labels(labels[labels != ignore_index], valid)
     with torch.autocast(hidden.device.type, enabled=False):
         name = resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype)
         if name == "reference":

@@ -12,9 +12,11 @@ _kernel = Kernel(
 )
 
 
-def losses_and_gradients(logits: Tensor, labels: Tensor, scale: Tensor | None, gradients: bool) -> Tensor:
+def losses_and_gradients(
+    logits: Tensor, labels: Tensor, scale: Tensor | None, valid_vocab_size: int, gradients: bool
+) -> Tensor:
     """See `in_place.ChunkKernel`."""
-    rows, vocab_size = logits.shape
+    rows = logits.shape[0]
     sums, differences = torch.empty(rows), torch.empty(rows)
     _kernel(
         rows,
@@ -23,7 +25,7 @@ def losses_and_gradients(logits: Tensor, labels: Tensor, scale: Tensor | None, g
         scale=None if scale is None else scale.to(torch.float32).contiguous(),
         sums=sums,
         differences=differences,
-        vocab_size=vocab_size,
+        vocab_size=valid_vocab_size,
         row_stride=logits.stride(0),
         gradients=gradients,
         bf16=logits.dtype is torch.bfloat16,

@@ -11,14 +11,21 @@ from torch import Tensor
 
 from statespan.ops.linear_cross_entropy.chunked import chunks
 
+COLUMNS = 8  # cuBLAS has its fast products for multiples of 8 columns only: 4 times as fast at 50,277 of them
 ALIGNMENT = 64  # columns; rows of logits start where both the products and the kernels read them best
 
 
 class ChunkKernel(Protocol):
     """A backend's part."""
 
-    def __call__(self, logits: Tensor, labels: Tensor, scale: Tensor | None, gradients: bool) -> Tensor:
-        """The losses [t] float32 of logits [t v]; with `gradients` these become scale_t * (softmax - onehot)."""
+    def __call__(
+        self, logits: Tensor, labels: Tensor, scale: Tensor | None, valid_vocab_size: int, gradients: bool
+    ) -> Tensor:
+        """The losses [t] float32 of logits [t v], where columns from valid_vocab_size on do not count.
+
+        With `gradients` the logits become scale_t * (softmax - onehot), zero in columns that do not count. On a GPU a
+        negative label counts for nothing (loss and gradients 0), and one beyond the vocabulary gives NaN.
+        """
         ...
 
 
@@ -35,40 +42,58 @@ def losses_and_gradients(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked.losses_and_gradients`, by the kernel; `logit_bytes` is the most of one chunk's logits."""
-    counted = (labels != ignore_index).nonzero()[:, 0]
+    if hidden.is_cuda:
+        # Nothing waits for the device: tokens that do not count are computed too.
+        counted = torch.arange(labels.shape[0])
+        labels = torch.where(labels == ignore_index, -1, torch.where(labels < 0, valid_vocab_size, labels))
+    else:
+        counted = (labels != ignore_index).nonzero()[:, 0]
     all_count = counted.shape[0] == labels.shape[0]
     losses = hidden.new_zeros(labels.shape, dtype=torch.float32)
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    width = -(-valid_vocab_size // ALIGNMENT) * ALIGNMENT
+    head = _head(weight, valid_vocab_size)
+    rows = head.shape[0]
+    width = -(-rows // ALIGNMENT) * ALIGNMENT
     parts = chunks(counted, width * hidden.element_size(), logit_bytes)
-    head, grad_weight = weight[:valid_vocab_size], weight.new_empty(0)
+    grad_weight = weight.new_empty(0)
     if need_weight:
         # Only a sum over chunks needs more than the product's own rounding, and zeros to begin with.
-        grad_weight = weight.new_empty(weight.shape, dtype=torch.float32 if len(parts) > 1 else weight.dtype)
-        grad_weight[valid_vocab_size if len(parts) == 1 else 0 :] = 0
-    grad_head = grad_weight[:valid_vocab_size]
+        shape = (max(rows, weight.shape[0]), weight.shape[1])
+        grad_weight = weight.new_empty(shape, dtype=torch.float32 if len(parts) > 1 else weight.dtype)
+        grad_weight[rows if len(parts) == 1 else 0 :] = 0
+    grad_head = grad_weight[:rows]
 
     def over_chunks() -> None:  # a function, so that the logits are gone before the result is cast
         most = max(map(len, parts), default=0)
         buffer = hidden.new_empty(most, width)
-        buffer[:, valid_vocab_size:] = 0  # oneDNN's bfloat16 products read them, and a NaN there would spread
+        buffer[:, rows:] = 0  # oneDNN's bfloat16 products read them, and a NaN there would spread
         for number, tokens in enumerate(parts):
             # Neighbouring tokens need no copy.
             start = number * most
             place = slice(start, start + len(tokens)) if all_count else tokens
-            rows, logits = hidden[place], buffer[: len(tokens), :valid_vocab_size]
-            torch.mm(rows, head.T, out=logits)
+            inputs, logits = hidden[place], buffer[: len(tokens), :rows]
+            torch.mm(inputs, head.T, out=logits)
             scale = None if token_scale is None else token_scale[place].contiguous()
-            losses[place] = kernel(logits, labels[place], scale, need_hidden or need_weight)
+            losses[place] = kernel(logits, labels[place], scale, valid_vocab_size, need_hidden or need_weight)
             if need_hidden:
                 grad_hidden[place] = logits @ head
             if need_weight and len(parts) == 1:
-                torch.mm(logits.T, rows, out=grad_head)
+                torch.mm(logits.T, inputs, out=grad_head)
             elif need_weight:
-                _add_product(grad_head, logits.T, rows)
+                _add_product(grad_head, logits.T, inputs)
 
     over_chunks()
-    return losses, grad_hidden, grad_weight.to(weight.dtype)
+    return losses, grad_hidden, grad_weight[: weight.shape[0]].to(weight.dtype)
+
+
+def _head(weight: Tensor, valid_vocab_size: int) -> Tensor:
+    """The rows of weight that count, on a GPU with zero rows up to a multiple of COLUMNS."""
+    rows = -(-valid_vocab_size // COLUMNS) * COLUMNS
+    if not weight.is_cuda or rows == valid_vocab_size:
+        return weight[:valid_vocab_size]
+    head = weight.new_zeros(rows, weight.shape[1])
+    head[:valid_vocab_size] = weight[:valid_vocab_size]
+    return head
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

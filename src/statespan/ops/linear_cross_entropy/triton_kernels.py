@@ -13,7 +13,8 @@ def losses_and_gradients(
 ):
     """The row's loss; with GRADIENTS, logits become (softmax - one_hot(label)) * token_scale.
 
-    Rows are `width` apart, and loaded and stored whole: `valid` columns count, the others may hold anything.
+    Rows are `width` apart, and loaded and stored whole: `valid` columns count, the others hold anything and become 0.
+    A negative label counts for nothing, one that is no column gives NaN.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
@@ -33,7 +34,8 @@ def losses_and_gradients(
         picked += tl.where(place == label, value, 0.0)
     most = tl.max(highest, 0)
     total = tl.sum(total * tl.exp(highest - most), 0)
-    tl.store(losses + row, most + tl.log(total) - tl.sum(picked, 0))
+    loss = tl.where(label >= valid, float("nan"), most + tl.log(total) - tl.sum(picked, 0))
+    tl.store(losses + row, tl.where(label < 0, 0.0, loss))
     if GRADIENTS:
         scale = 1.0
         if token_scale is not None:
@@ -42,5 +44,7 @@ def losses_and_gradients(
         for start in range(0, width, BLOCK):
             place = start + column
             value = tl.load(logits + place, place < width, 0.0).to(tl.float32)
+            value = tl.where(place < valid, value, float("-inf"))
             grad = tl.exp(value - most) * factor - tl.where(place == label, scale, 0.0)
+            grad = tl.where(label < 0, 0.0, grad)
             tl.store(logits + place, grad.to(logits.dtype.element_ty), place < width)

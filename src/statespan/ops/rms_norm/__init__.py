@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.ops.arguments import check_shape
+from statespan.ops.arguments import check_devices, check_shape
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.rms_norm import reference
@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None =
         casts nothing; with a residual (y, x + residual), the sum in the residual's dtype.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message).
+        UserError: shapes or devices disagree (both in the message).
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: the mean square and the division are float32 whatever the inputs are (float64 for float64 inputs).
@@ -41,6 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None =
     """
     check_shape("rms_norm", "weight", weight, "[d]", (x.shape[-1],))
     check_shape("rms_norm", "residual", residual, "[.. d]", x.shape)
+    check_devices("rms_norm", x=x, weight=weight, residual=residual)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if residual is None:
@@ -73,7 +74,7 @@ def gated_rms_norm(
         y [.. d] in x.dtype.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message), or group_size does not divide d.
+        UserError: shapes or devices disagree (both in the message), or group_size does not divide d.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: everything in float32 whatever the inputs are (float64 for float64 inputs).
@@ -84,6 +85,7 @@ def gated_rms_norm(
     channels = x.shape[-1]
     check_shape("gated_rms_norm", "z", z, "[.. d]", x.shape)
     check_shape("gated_rms_norm", "weight", weight, "[d]", (channels,))
+    check_devices("gated_rms_norm", x=x, z=z, weight=weight)
     group_size = channels if group_size is None else group_size
     if group_size < 1 or channels % group_size:
         raise UserError(f"gated_rms_norm: group_size {group_size} must divide d = {channels}")

@@ -2,26 +2,28 @@
 # A launch takes options, num_warps, that are no parameters of the kernel.
 """RMS normalisation on GPUs: tensors to the kernels of `triton_kernels.py`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from statespan.ops.rms_norm import triton_kernels as kernels
 from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, rows, shared_memory
+from statespan.ops.tuning import Tunable
 
-TILE = 4096  # values that a program has in registers at once: 32 a thread with 4 warps
 
-
-def _tile(num_rows: int, channels: int, device: torch.device) -> tuple[int, int, int]:
+def _tile(tunable: Tunable, num_rows: int, channels: int, device: torch.device) -> tuple[int, int, int]:
     """Rows and channels of a tile, and warps; few rows are spread over the whole machine."""
+    values = tunable.best(device, channels)["tile"]
     block = power_of_two(channels)
     spread = power_of_two(num_rows // (8 * multiprocessors(device)))
-    return max(1, min(TILE // block, spread)), block, min(32, max(4, block // 1024))
+    return max(1, min(values // block, spread)), block, min(32, max(4, block // 1024))
 
 
-def _chunks(channels: int) -> tuple[int, int, int]:
-    """Size and number of the chunks that the backward takes a row in, and warps."""
+def _chunks(channels: int, most: int) -> tuple[int, int, int]:
+    """Size and number of the chunks that the backward takes a row in, `most` where they fit, and warps."""
     chunk = min(1024, power_of_two(channels))
-    while channels > 3 * chunk and chunk < 8192:
+    while channels > most * chunk and chunk < 8192:
         chunk *= 2
     return chunk, -(-channels // chunk), max(1, chunk // 256)
 
@@ -56,7 +58,7 @@ def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, to
     if x.numel() == 0:
         return
     num_rows, channels = x.shape
-    tile_rows, block, warps = _tile(num_rows, channels, x.device)
+    tile_rows, block, warps = _tile(FORWARD, num_rows, channels, x.device)
     with on(x.device):
         kernels.forward[(-(-num_rows // tile_rows),)](
             x,
@@ -85,8 +87,9 @@ def rms_norm_backward(
     x, grad_y = rows(x), rows(grad_y)
     grad_total = None if grad_total is None else rows(grad_total)
     num_rows, channels = x.shape
-    chunk, chunks, warps = _chunks(channels)
-    programs, each = _programs(num_rows, 1, warps, 32 if warps == 4 and chunks > 1 else 16, x.device)
+    tuned = BACKWARD.best(x.device, channels)
+    chunk, chunks, warps = _chunks(channels, tuned["chunks"])
+    programs, each = _programs(num_rows, 1, warps, tuned["warps_at_once"], x.device)
     grad_weight = x.new_empty(programs, channels, dtype=torch.float32)
     with on(x.device):
         kernels.backward[(programs,)](
@@ -118,7 +121,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size:
         return y
     x, z = rows(x), rows(z)
     num_rows, groups = x.shape[0], x.shape[1] // group_size
-    tile_rows, block, warps = _tile(num_rows * groups, group_size, x.device)
+    tile_rows, block, warps = _tile(GATED_FORWARD, num_rows * groups, group_size, x.device)
     with on(x.device):
         kernels.gated_forward[(-(-num_rows * groups // tile_rows),)](
             x,
@@ -148,8 +151,9 @@ def gated_rms_norm_backward(
         return grad_x, grad_z, torch.zeros_like(weight)
     x, z, grad_y = rows(x), rows(z), rows(grad_y)
     num_rows, groups = x.shape[0], x.shape[1] // group_size
-    chunk, chunks, warps = _chunks(group_size)
-    programs, each = _programs(num_rows, groups, warps, 24, x.device)
+    tuned = GATED_BACKWARD.best(x.device, group_size)
+    chunk, chunks, warps = _chunks(group_size, tuned["chunks"])
+    programs, each = _programs(num_rows, groups, warps, tuned["warps_at_once"], x.device)
     grad_weight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     with on(x.device):
         kernels.gated_backward[(programs * groups,)](
@@ -175,3 +179,28 @@ def gated_rms_norm_backward(
             num_warps=warps,
         )
     return grad_x, grad_z, grad_weight.sum(0).to(weight.dtype)
+
+
+def _trial(backward: bool, gated: bool) -> Callable[[torch.device, int], Callable[[], object]]:
+    def trial(device: torch.device, channels: int) -> Callable[[], object]:
+        x, z, grad = (torch.randn(16384, channels, dtype=torch.bfloat16, device=device) for _ in range(3))
+        weight = torch.ones(channels, device=device)
+        if gated and backward:
+            return lambda: gated_rms_norm_backward(grad, x, z, weight, 1e-5, channels, False)
+        if gated:
+            return lambda: gated_rms_norm(x, z, weight, 1e-5, channels, False)
+        if backward:
+            return lambda: rms_norm_backward(grad, z, x, weight, 1e-5)
+        return lambda: add_rms_norm(x, z, weight, 1e-5, torch.bfloat16)
+
+    return trial
+
+
+_SIZES = (768, 1536, 2560, 5120)
+_TILES = (2048, 4096, 8192)  # values that a program has in registers at once: 4096 are 32 a thread with 4 warps
+_WARPS = (8, 16, 24, 32)  # on a multiprocessor
+FORWARD = Tunable("rms_norm.forward", _SIZES, _trial(False, False), tile=_TILES)
+BACKWARD = Tunable("rms_norm.backward", _SIZES, _trial(True, False), chunks=(2, 3, 5), warps_at_once=_WARPS)
+GATED_FORWARD = Tunable("gated_rms_norm.forward", _SIZES, _trial(False, True), tile=_TILES)
+GATED_BACKWARD = Tunable("gated_rms_norm.backward", _SIZES, _trial(True, True), chunks=(2, 3, 5), warps_at_once=_WARPS)
+TUNABLES = (FORWARD, BACKWARD, GATED_FORWARD, GATED_BACKWARD)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_groups, check_name, check_shape, needs_gradients
+from statespan.ops.arguments import (
+    DISCRETIZATIONS,
+    check_devices,
+    check_dim,
+    check_groups,
+    check_name,
+    check_shape,
+    needs_gradients,
+)
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.selective_scan import reference
@@ -60,13 +68,13 @@ def selective_scan(
         with respect to every float argument; gradients are the same bits in every run with as many threads.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message), or there is no time step.
+        UserError: shapes or devices disagree (both in the message), or there is no time step.
         UnknownName: an unknown discretization or backend.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: dt, decays, sums and the state in float32 whatever the inputs are (float64 for float64 inputs). For the
-        backward the cpu backend keeps the inputs and the state before every 32nd step (cuda: every 64th), nothing of
-        size [b t d n].
+        backward the cpu and triton backends keep the inputs and the state before every 32nd step (cuda: every 64th),
+        nothing of size [b t d n].
 
     Example:
         >>> u, dt, A = torch.randn(1, 5, 8), torch.randn(1, 5, 8), -torch.rand(8, 4)
@@ -93,6 +101,9 @@ def selective_scan(
     check_shape(op, "initial_state", initial_state, "[b d n]", (batch, channels, states))
     check_shape(op, "segments", segments, "[b t]", (batch, length))
     check_name("discretization", discretization, DISCRETIZATIONS)
+    check_devices(
+        op, u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state, segments=segments
+    )
     keep_starts = needs_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
     y, final_state, _ = _selective_scan(
         u, dt, A, B, C, D, z, dt_bias, initial_state, segments, dt_softplus, discretization, keep_starts, backend
@@ -119,6 +130,10 @@ def _module(name: str) -> Any:
         from statespan.ops.selective_scan import cuda_backend
 
         return cuda_backend
+    if name == "triton":
+        from statespan.ops.selective_scan import triton_backend
+
+        return triton_backend
     return None
 
 

@@ -1,37 +1,17 @@
-"""The selective scan on NVIDIA GPUs: shapes, the division of the work, and scratch for the kernels of the `.cu` files.
+"""The selective scan on NVIDIA GPUs: the tensors of a call, and scratch memory, for the kernels of the `.cu` files.
 
-docs/kernels.md has the design and what was measured.
+docs/kernels.md has the design and what was measured; `cuda_plan.py` divides the work.
 """
 
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from statespan.errors import UserError
-from statespan.ops.arguments import DISCRETIZATIONS
-from statespan.ops.cuda_kernels import Kernel, scalar_type
+from statespan.ops.cuda_kernels import address
 from statespan.ops.layout import contiguous_float32, last_contiguous
 from statespan.ops.segments import token_marks
-
-EVERY = 64  # tokens; the backward keeps the state before each EVERY-th token and computes the others again
-THREADS = 128
-
-# Clocks of a token on a multiprocessor with some blocks, by states a thread: (of one more block, of any), on an H100.
-CLOCKS = {2: (43, 30), 4: (60, 62), 8: (93, 110)}
-# The same where splits of the tokens fill it, with the summaries that this needs: a block's share at 8 states a thread.
-CLOCKS_SPLIT = 240
-# What the summaries of the splits cost, of the backward's main kernel.
-SUMMARY_SHARE = 0.21
-
-Strided = tuple[Tensor | int | None, ...]  # a tensor and the strides of its rows
-
-_HERE = Path(__file__).parent
-_forward = Kernel(_HERE / "forward.cu", "scan_forward")
-_summary = Kernel(_HERE / "summary.cu", "scan_summary")
-_chain = Kernel(_HERE / "summary.cu", "scan_chain")
-_backward = Kernel(_HERE / "backward.cu", "scan_backward")
+from statespan.ops.selective_scan.cuda_plan import EVERY, PIECE, Layout, Scan, scan_of
 
 
 def starts_shape(u: Tensor, A: Tensor, keep_starts: bool) -> tuple[int, ...]:
@@ -55,23 +35,19 @@ def selective_scan(
     keep_starts: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [b t d], the final state [b d n], and the states before each chunk."""
-    scan = Scan(u, dt, A, B, C, D, z, dt_bias, initial_state, segments, dt_softplus, discretization)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    final = torch.empty(scan.batch, *A.shape, dtype=torch.float32, device=u.device)
+    inputs = Inputs(u, dt, A, B, C, D, z, dt_bias, segments)
+    scan = inputs.scan(dt_softplus, discretization)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    final = torch.empty((scan.batch, *A.shape), dtype=torch.float32, device=u.device)
     starts = torch.empty(starts_shape(u, A, keep_starts), dtype=torch.float32, device=u.device)
     if final.numel() == 0:
         return y, final, starts
-    states, split = scan.forward_plan()
+    launch, split = scan.forward(keep_starts)
     given = _float32(initial_state)
     if split < scan.length:
-        given = scan.chain(given, split, None)
-    _forward(
-        u.device,
-        (scan.tiles(THREADS * states // scan.padded), scan.batch, -(-scan.length // split)),
-        THREADS,
-        scan.macros(states, EVERY=EVERY if keep_starts else 0),
-        *(*scan.arguments, given, y, final, starts, split, *scan.sizes),
-    )
+        given = _chain(scan, inputs, given, split, None)
+    outputs = (address(given), address(y), address(final), address(starts))
+    launch(*inputs.arguments, *outputs, split, *scan.sizes)
     return y, final, starts
 
 
@@ -92,42 +68,40 @@ def gradients(
     discretization: str,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing."""
-    grad_y = last_contiguous(grad_y.to(u.dtype))
-    scan = Scan(u, dt, A, B, C, D, z, dt_bias, grad_y, segments, dt_softplus, discretization)
-    batch, length, groups = scan.batch, scan.length, scan.groups
+    grad_y = _rows(grad_y if grad_y.dtype is u.dtype else grad_y.to(u.dtype))
+    inputs = Inputs(u, dt, A, B, C, D, z, dt_bias, segments, grad_y)
+    scan = inputs.scan(dt_softplus, discretization)
     new = partial(torch.empty, dtype=torch.float32, device=u.device)
     grad_u, grad_dt = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, dt))
     grad_z = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
-    grad_initial = new(batch, *A.shape)
+    grad_initial = new((scan.batch, *A.shape))
     if starts.numel() == 0:
         others = (None if x is None else torch.zeros_like(x) for x in (A, B, C, D, z, dt_bias))
         return grad_u, grad_dt, *others, grad_initial
-    threads, tile, macros, resident = scan.backward_shape()
-    tiles_a_block = max(1, 64 // tile)  # narrow tiles take turns, so that `of_matrices` stays small
-    blocks = -(-(scan.tiles(tile) // groups) // tiles_a_block)
-    room = resident * _multiprocessors(u.device)
-    split = _backward_split(blocks * groups * batch, -(-length // EVERY), room)
-    splits, gradient = -(-length // split), (grad_y, *grad_y.stride()[:2])
+    work = scan.backward()
     carries = _float32(grad_final)
-    if splits > 1:
-        carries = scan.chain(carries, split, gradient)
-    of_A, of_channels = new(batch, splits, *A.shape), new(2, batch, splits, scan.channels)
-    of_matrices = new(blocks, 2, batch, length, groups, scan.states)
-    _backward(
-        u.device,
-        (groups * blocks, splits, batch),
-        threads,
-        macros,
-        *(*scan.arguments, *gradient, starts, carries, grad_u, grad_dt, grad_z, of_A, of_channels[0], of_channels[1]),
-        *(grad_initial, of_matrices, split, tiles_a_block, *scan.sizes),
+    if work.splits > 1:
+        carries = _chain(scan, inputs, carries, work.split, grad_y)
+    of_matrices = new((work.blocks, 2, *B.shape))
+    of_A, of_channels = new((scan.batch, work.splits, *A.shape)), new((2, scan.batch, work.splits, scan.channels))
+    of_D = address(of_channels)
+    work.main(
+        *(*inputs.arguments, address(grad_y), *grad_y.stride()[:2], address(starts), address(carries)),
+        *(address(grad_u), address(grad_dt), address(grad_z), address(of_A), of_D, of_D + of_channels.nbytes // 2),
+        *(address(grad_initial), address(of_matrices), work.split, work.tiles_a_block, *scan.sizes),
     )
-    grad_A, grad_D, grad_bias = of_A.sum((0, 1)), of_channels[0].sum((0, 1)), of_channels[1].sum((0, 1))
-    grad_B, grad_C = of_matrices[:, 0].sum(0), of_matrices[:, 1].sum(0)
+    grad_B, grad_C = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
+    grad_A, (grad_D, grad_bias) = new(A.shape), new((2, scan.channels))
+    work.sums(
+        *(address(of_matrices), work.blocks, address(of_A), address(of_channels), scan.batch * work.splits),
+        *(address(grad_B), address(grad_C), address(grad_A), address(grad_D), address(grad_bias)),
+        *(grad_B.numel(), scan.channels),
+    )
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial
 
 
-class Scan:
-    """The arguments that the kernels share, and how the work is divided."""
+class Inputs:
+    """The tensors of a call as the kernels take them, and the arguments that they all share."""
 
     def __init__(
         self,
@@ -139,137 +113,60 @@ class Scan:
         D: Tensor | None,
         z: Tensor | None,
         dt_bias: Tensor | None,
-        other: Tensor | None,
         segments: Tensor | None,
-        dt_softplus: bool,
-        discretization: str,
+        grad_y: Tensor | None = None,
     ) -> None:
-        for tensor in (dt, A, B, C, D, z, dt_bias, other, segments):
-            if tensor is not None and tensor.device != u.device:
-                raise UserError(f"selective_scan: u is on {u.device}, and another tensor on {tensor.device}")
-        u, dt, B, C = last_contiguous(u), last_contiguous(dt), last_contiguous(B), last_contiguous(C)
-        z = None if z is None else last_contiguous(z)
-        self.device, (self.batch, self.length, self.channels) = u.device, u.shape
-        self.groups, self.states = B.shape[2], A.shape[1]
-        self.padded = max(8, 1 << (self.states - 1).bit_length())
-        self.sizes = (self.length, self.channels, self.groups)
+        u, dt, B, C = _rows(u), _rows(dt), _rows(B), _rows(C)
+        z = None if z is None else _rows(z)
         marks = None if segments is None else token_marks(segments)
-        self.A, self.dt_bias, self.marks = _float32(A), _float32(dt_bias), marks
-        skip = _float32(D)
-        aligned = self.channels // self.groups % 8 == 0 and self.states % 8 == 0
-        aligned &= all(_aligned(x) for x in (u, dt, B, C, z, other, skip, self.dt_bias) if x is not None)
-        self.wide = max(tensor.element_size() for tensor in (u, dt, B, C)) == 4
-        self.plain = aligned and discretization == "mamba" and not self.wide
-        self.of_u: Strided = (u, *u.stride()[:2])
-        self.of_dt: Strided = (dt, *dt.stride()[:2])
-        self.of_z: Strided = (None, 0, 0) if z is None else (z, *z.stride()[:2])
-        self.of_B: Strided = (B, *B.stride()[:3])
-        self.of_C: Strided = (C, *C.stride()[:3])
-        self.arguments: Strided = (
-            *(*self.of_u, *self.of_dt, *self.of_z, *self.of_B, *self.of_C, self.A, skip, self.dt_bias, marks),
+        A, D, dt_bias = contiguous_float32(A), _float32(D), _float32(dt_bias)
+        self._held = (u, dt, A, B, C, D, z, dt_bias, marks)  # as long as their addresses are in use
+        rows = (u, dt, B, C) if z is None else (u, dt, B, C, z)
+        at_u, at_dt, at_B, at_C, at_z = (*(x.data_ptr() for x in rows), 0)[:5]
+        strides = tuple(x.stride() for x in rows)
+        of_u, of_dt, of_B, of_C, of_z = (*strides, (0, 0, 0))[:5]
+        self.of_u, self.of_z = (at_u, *of_u[:2]), (at_z, *of_z[:2])
+        self.of_dt, self.of_B, self.of_C = (at_dt, *of_dt[:2]), (at_B, *of_B[:3]), (at_C, *of_C[:3])
+        self.of_steps = (address(A), address(dt_bias), address(marks))
+        self.arguments = (
+            *(*self.of_u, *self.of_dt, *self.of_z, *self.of_B, *self.of_C),
+            *(address(A), address(D), address(dt_bias), address(marks)),
         )
-        self.inputs: dict[str, str | int] = {
-            **{"U": scalar_type(u), "DT": scalar_type(dt), "Z": scalar_type(u if z is None else z)},
-            **{"BM": scalar_type(B), "CM": scalar_type(C), "STATES": self.states, "PADDED": self.padded},
-            **{"ALIGNED": int(aligned), "HAS_Z": int(z is not None), "SOFTPLUS": int(dt_softplus)},
-            **{"SEGMENTS": int(marks is not None), "DISCRETIZATION": DISCRETIZATIONS[discretization]},
-        }
+        addresses = at_u | at_dt | at_B | at_C | at_z | address(grad_y)
+        if grad_y is not None:
+            strides = (*strides, grad_y.stride())
+        types = (u.dtype, dt.dtype, None if z is None else z.dtype, B.dtype, C.dtype)
+        size, matrix, based = tuple(u.shape), tuple(B.shape[2:]), addresses % 16 == 0
+        self._layout = (u.device, size, matrix, types, strides, based, marks is not None)
 
-    def tiles(self, channels: int) -> int:
-        """How many blocks of that many channels there are; a block's channels are of one group."""
-        return self.groups * -(-(self.channels // self.groups) // channels)
-
-    def macros(self, states: int, **more: str | int) -> tuple[tuple[str, str | int], ...]:
-        """What the forward and the summary are compiled with, for so many states a thread."""
-        lanes = self.padded // states
-        group = min(max(lanes, 4), 8)  # tokens that are summed together, see forward.cu
-        ahead = int(states * group <= 16)  # whether the next group's exponentials fit into registers, too
-        # Of shared memory, in numbers of B.
-        room = 512 if self.wide else 1024 if states <= 4 and self.padded == 32 else 2048
-        tokens = max(min(8 * lanes, room // self.padded, 64), group * (1 + ahead))
-        blocks = 3 if not self.plain or states == 2 else 4 if ahead or self.padded > 32 else 5
-        sizes = {"STATES_A_THREAD": states, "THREADS": THREADS, "TOKENS": tokens, "BLOCKS": blocks, "AHEAD": ahead}
-        return tuple({**self.inputs, **sizes, **more}.items())
-
-    def forward_plan(self) -> tuple[int, int]:
-        """States a thread and tokens a split: what is soonest done.
-
-        Fewer states a thread make more threads of as many channels, at some cost; splits of the tokens make still
-        more, and need their summaries first.
-        """
-        multiprocessors = _multiprocessors(self.device)
-
-        def clocks(states: int) -> float:
-            blocks = -(-self.tiles(THREADS * states // self.padded) * self.batch // multiprocessors)
-            more, any_number = CLOCKS[states]
-            return more * blocks + any_number
-
-        whole = -(-self.length // EVERY) * EVERY
-        states = min((s for s in CLOCKS if 2 <= self.padded // s <= 16), key=clocks)
-        if self.padded // 2 < 8:
-            return states, whole
-        blocks = self.tiles(THREADS * 8 // self.padded) * self.batch
-        splits = min(8 * multiprocessors // blocks, whole // (4 * EVERY))
-        if splits < 4 or CLOCKS_SPLIT * blocks / multiprocessors > clocks(states):
-            return states, whole
-        return 8, -(-whole // splits // EVERY) * EVERY
-
-    def chain(self, x: Tensor | None, split: int, of_y: Strided | None) -> Tensor:
-        """[b splits d n]: the state that each split begins with; given the gradient of y, what each gets from behind.
-
-        x [b d n] is what the first split gets, or the last from behind; None for zeros.
-        """
-        splits, states = -(-self.length // split), min(8, self.padded // 2)
-        local = torch.empty(2, self.batch, splits, self.channels, self.states, dtype=torch.float32, device=self.device)
-        reverse = int(of_y is not None)
-        matrix, kind = (self.of_C, self.inputs["CM"]) if reverse else (self.of_B, self.inputs["BM"])
-        macros = self.macros(states, REVERSE=reverse, MM=kind)
-        _summary(
-            self.device,
-            (self.tiles(THREADS * states // self.padded), self.batch, splits - 1),
-            THREADS,
-            macros,
-            *(*(of_y or self.of_u), *self.of_dt, *self.of_z, *matrix, self.A, self.dt_bias, self.marks),
-            *(local[0], local[1], reverse, split, splits, *self.sizes),
-        )
-        size = self.channels * self.states
-        grid = (-(-size // THREADS), self.batch, 1)
-        _chain(self.device, grid, THREADS, macros, x, local[0], local[1], splits, size)
-        return local[0]
-
-    def backward_shape(self) -> tuple[int, int, tuple[tuple[str, str | int], ...], int]:
-        """Threads a block, channels a tile, macros, and how many blocks a multiprocessor holds."""
-        narrow = self.padded >= 64 or (self.padded == 32 and self.wide)  # by what fits into shared memory
-        threads, states = 64 if narrow else 128, min(4, self.padded // 4)
-        resident = 4 if narrow else 3 if self.plain and self.padded == 16 else 2
-        sizes = {"STATES_A_THREAD": states, "THREADS": threads, "BLOCKS": resident}
-        sizes |= {"PIECE": 4 if self.padded >= 64 else 8, "EVERY": EVERY}
-        return threads, 2 * threads * states // self.padded, tuple({**self.inputs, **sizes}.items()), resident
+    def scan(self, dt_softplus: bool, discretization: str) -> Scan:
+        """How these tensors' work is divided."""
+        return scan_of(Layout(*self._layout, dt_softplus, discretization))
 
 
-@cache
-def _backward_split(blocks: int, chunks: int, room: int) -> int:
-    """Tokens a split: what is soonest done by `room` blocks at once, the summaries included."""
+def _chain(scan: Scan, inputs: Inputs, x: Tensor | None, split: int, grad_y: Tensor | None) -> Tensor:
+    """[b splits d n]: the state that each split begins with; given the gradient of y, what each gets from behind.
 
-    def time(chunks_a_split: int) -> float:  # of a multiprocessor, in chunks
-        splits = -(-chunks // chunks_a_split)
-        waves = max(1.0, (blocks * splits / room + 2 * -(-blocks * splits // room)) / 3)  # late blocks run faster alone
-        summaries = SUMMARY_SHARE * blocks * chunks / room if splits > 1 else 0
-        return waves * (chunks_a_split + 0.3) + summaries
+    x [b d n] is what the first split gets, or the last from behind; None for zeros.
+    """
+    reverse, splits = grad_y is not None, -(-scan.length // split)
+    size = (2, scan.batch, splits, scan.channels, scan.states)
+    local = torch.empty(size, dtype=torch.float32, device=scan.device)
+    at, decays = address(local), address(local) + local.nbytes // 2
+    walked = inputs.of_u if grad_y is None else (address(grad_y), *grad_y.stride()[:2])
+    matrix = inputs.of_C if reverse else inputs.of_B
+    summary, chain = scan.chain(split, reverse)
+    summary(
+        *(*walked, *inputs.of_dt, *inputs.of_z, *matrix, *inputs.of_steps, at, decays),
+        *(int(reverse), split, splits, *scan.sizes),
+    )
+    chain(address(x), at, decays, splits, scan.channels * scan.states)
+    return local[0]
 
-    return EVERY * min({-(-chunks // splits) for splits in range(1, 65)} | set(range(1, min(chunks, 8) + 1)), key=time)
 
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes."""
-    size = tensor.element_size()
-    rows = zip(tensor.stride()[:-1], tensor.shape, strict=False)
-    return tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride, count in rows if count > 1)
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor in rows without gaps, and rows of a piece close enough for offsets of 32 bits."""
+    return last_contiguous(tensor) if tensor.stride(1) < 2**31 // PIECE else tensor.contiguous()
 
 
 def _float32(tensor: Tensor | None) -> Tensor | None:

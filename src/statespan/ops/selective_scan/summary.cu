@@ -135,12 +135,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_chain(const float* __
                                                                  const float* __restrict__ decays, i64 splits, i64 states) {
     i64 state = blockIdx.x * i64(THREADS) + threadIdx.x, batch = blockIdx.y;
     if (state >= states) return;
+    constexpr int AT_ONCE = 8;  // splits whose numbers are on their way together
     float value = x ? x[batch * states + state] : 0.0f;
-    for (i64 index = 0; index < splits; index++) {
-        i64 at = (batch * splits + (REVERSE ? splits - 1 - index : index)) * states + state;
-        float next = 0.0f;
-        if (index + 1 < splits) next = decays[at] == 0.0f ? local[at] : fmaf(decays[at], value, local[at]);
-        local[at] = value;
-        value = next;
+    auto at = [&](i64 index) { return (batch * splits + (REVERSE ? splits - 1 - index : index)) * states + state; };
+    for (i64 begin = 0; begin < splits; begin += AT_ONCE) {
+        float decay[AT_ONCE], added[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            bool there = begin + i + 1 < splits;  // the last passes nothing on
+            decay[i] = there ? decays[at(begin + i)] : 0.0f, added[i] = there ? local[at(begin + i)] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (begin + i < splits) local[at(begin + i)] = value;
+            value = decay[i] == 0.0f ? added[i] : fmaf(decay[i], value, added[i]);
+        }
     }
 }

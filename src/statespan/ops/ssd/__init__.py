@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_groups, check_name, check_shape
+from statespan.ops.arguments import DISCRETIZATIONS, check_devices, check_dim, check_groups, check_name, check_shape
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.ssd import chunked, reference
 from statespan.ops.ssd.inputs import Inputs, Options
 
 __all__ = ["ssd"]
+
+MAX_TRITON_STATES = 256
 
 
 def ssd(
@@ -58,7 +60,7 @@ def ssd(
         with respect to every float input. The backward keeps the inputs and nothing else.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message), or the discretization is unknown.
+        UserError: shapes or devices disagree (both in the message), or the discretization is unknown.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: decays, their sums and the state are float32; matrix products take their factors in x.dtype (float64
@@ -85,6 +87,9 @@ def ssd(
     check_shape("ssd", "segments", segments, "[b t]", (batch, length))
     check_groups("ssd", groups, "h", heads)
     check_name("discretization", discretization, DISCRETIZATIONS)
+    check_devices(
+        "ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, initial_state=initial_state, segments=segments
+    )
     if length == 0:
         raise UserError(f"ssd: x must have at least one token, got {list(x.shape)}")
     if chunk_size < 1:
@@ -102,14 +107,27 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, Options, str]:
     x = tensors[0]
     if x.device.type == "cpu":
         chunk_size = min(chunk_size, chunked.CPU_CHUNK)
-    options = Options(dt_softplus, (dt_min, dt_max), chunk_size, discretization)
-    return Inputs(*tensors), options, resolve("ssd", backend, x.device, x.dtype)
+    inputs = Inputs(*tensors)
+    too_large = ()
+    if inputs.B.shape[3] > MAX_TRITON_STATES:
+        too_large = (("triton", f"its kernels hold up to {MAX_TRITON_STATES} states, and B has {inputs.B.shape[3]}"),)
+    name = resolve("ssd", backend, x.device, x.dtype, inputs.dt.dtype, too_large=too_large)
+    return inputs, Options(dt_softplus, (dt_min, dt_max), chunk_size, discretization), name
+
+
+def _chunked(name: str) -> Any:
+    """The backend of that name that works on chunks; loaded when it runs."""
+    if name == "triton":
+        from statespan.ops.ssd import triton_backend
+
+        return triton_backend
+    return chunked
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, options, backend = _split(arguments)
     with torch.autocast(inputs.x.device.type, enabled=False):
-        return (reference.ssd if backend == "reference" else chunked.forward)(inputs, options)
+        return (reference.ssd if backend == "reference" else _chunked(backend).forward)(inputs, options)
 
 
 def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> list[Tensor]:
@@ -122,7 +140,7 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> list
                 (grad_y, grad_final_state),
             )
         else:
-            found = chunked.backward(grad_y, grad_final_state, inputs, options)
+            found = _chunked(backend).backward(grad_y, grad_final_state, inputs, options)
     return [gradient for gradient in found if gradient is not None]
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from statespan.ops.arguments import (
     DISCRETIZATIONS,
+    check_devices,
     check_dim,
     check_groups,
     check_name,
@@ -54,7 +55,7 @@ def selective_state_update(
         where autograd records.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message), or backend="cpu" is to be differentiated.
+        UserError: shapes or devices disagree (both in the message), or backend="cpu" is to be differentiated.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: everything in float32 whatever the inputs are (float64 for float64 inputs).
@@ -79,6 +80,7 @@ def selective_state_update(
     check_shape(op, "dt_bias", dt_bias, "[d]", (channels,))
     check_groups(op, groups, "d", channels)
     check_name("discretization", discretization, DISCRETIZATIONS)
+    check_devices(op, state=state, u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     if needs_gradients(state, u, dt, A, B, C, D, z, dt_bias):
         refuse_gradients(op, backend)
         return reference.selective_state_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, discretization)
@@ -119,7 +121,7 @@ def ssd_state_update(
         where autograd records.
 
     Raises:
-        UserError: shapes disagree (both shapes in the message), or backend="cpu" is to be differentiated.
+        UserError: shapes or devices disagree (both in the message), or backend="cpu" is to be differentiated.
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Numerics: everything in float32 whatever the inputs are (float64 for float64 inputs).
@@ -144,6 +146,7 @@ def ssd_state_update(
     check_shape(op, "dt_bias", dt_bias, "[h]", (heads,))
     check_groups(op, groups, "h", heads)
     check_name("discretization", discretization, DISCRETIZATIONS)
+    check_devices(op, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
     if needs_gradients(state, x, dt, A, B, C, D, dt_bias):
         refuse_gradients(op, backend)
         return reference.ssd_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, discretization)

@@ -2,21 +2,23 @@
 # A launch takes options, num_warps, that are no parameters of the kernel.
 """One-token updates on GPUs: tensors to the kernels of `triton_kernels.py`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from statespan.ops.layout import last_contiguous
 from statespan.ops.state_update import triton_kernels as kernels
 from statespan.ops.triton_kernels import multiprocessors, on, power_of_two
+from statespan.ops.tuning import Tunable
 
-TILE = 1024  # state values of a program with 2 warps
 
-
-def _tile(batch: int, rows: int, states: int, device: torch.device) -> tuple[int, int, int]:
+def _tile(tunable: Tunable, batch: int, rows: int, states: int, device: torch.device) -> tuple[int, int, int]:
     """Rows and states of a tile, and warps: small tiles where there is little to do, so that all take part."""
+    most = tunable.best(device, states)["tile"]
     columns = power_of_two(states)
     spread = batch * rows * columns // (4 * multiprocessors(device))
-    values = max(256, min(TILE, power_of_two(spread)))
+    values = max(256, min(most, power_of_two(spread)))
     tile = max(1, min(values // columns, power_of_two(rows)))
     return tile, columns, max(1, min(4, tile * columns // 512))
 
@@ -41,7 +43,7 @@ def selective_state_update(
         return y, next_state
     u, dt, B, C = (last_contiguous(value) for value in (u, dt, B, C))
     z = None if z is None else last_contiguous(z)
-    tile, columns, warps = _tile(batch, channels, states, u.device)
+    tile, columns, warps = _tile(SELECTIVE, batch, channels, states, u.device)
     with on(u.device):
         kernels.selective[(batch * -(-channels // tile),)](
             state.contiguous(),
@@ -93,7 +95,7 @@ def ssd_state_update(
     if next_state.numel() == 0:
         return y, next_state
     x, dt, B, C = (last_contiguous(value) for value in (x, dt, B, C))
-    tile, columns, warps = _tile(batch * heads, head_dim, states, x.device)
+    tile, columns, warps = _tile(SSD, batch * heads, head_dim, states, x.device)
     with on(x.device):
         kernels.ssd[(batch * heads * -(-head_dim // tile),)](
             state.contiguous(),
@@ -127,3 +129,25 @@ def ssd_state_update(
             num_warps=warps,
         )
     return y, next_state
+
+
+def _selective_trial(device: torch.device, states: int) -> Callable[[], object]:
+    u, B = torch.randn(64, 5120, device=device), torch.randn(64, 1, states, device=device)
+    state, A, D = torch.randn(64, 5120, states, device=device), -torch.rand(5120, states, device=device), u[0]
+    return lambda: selective_state_update(state, u, u, A, B, B, D, u, D, True, "mamba")
+
+
+def _ssd_trial(device: torch.device, states: int) -> Callable[[], object]:
+    x, B = torch.randn(64, 80, 64, device=device), torch.randn(64, 1, states, device=device)
+    state, dt, A = (
+        torch.randn(64, 80, 64, states, device=device),
+        x[..., 0].contiguous(),
+        -torch.rand(80, device=device),
+    )
+    return lambda: ssd_state_update(state, x, dt, A, B, B, A, A, True, (0.0, float("inf")), "mamba")
+
+
+_TILES = (512, 1024, 2048, 4096)  # state values of a program; 1024 have 2 warps
+SELECTIVE = Tunable("selective_state_update", (16, 64), _selective_trial, tile=_TILES)
+SSD = Tunable("ssd_state_update", (64, 128), _ssd_trial, tile=_TILES)
+TUNABLES = (SELECTIVE, SSD)

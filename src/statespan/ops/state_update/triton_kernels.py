@@ -116,7 +116,8 @@ def ssd(
         step += tl.load(dt_bias + head).to(tl.float32)
     if DT_SOFTPLUS:
         step = softplus(step)
-    step = tl.minimum(tl.maximum(step, dt_min), dt_max)
+    step = tl.maximum(step, dt_min, propagate_nan=tl.PropagateNan.ALL)
+    step = tl.minimum(step, dt_max, propagate_nan=tl.PropagateNan.ALL)
     decay, factor = discretize(step, tl.load(A + head).to(tl.float32), DISCRETIZATION)
     token = tl.load(x + batch * x_stride + head * x_head_stride + p, here, 0.0).to(tl.float32)
     group = head // group_heads

@@ -14,18 +14,34 @@ Rules of the house:
   float32.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from statespan.ops.layout import last_contiguous
+from statespan.ops.triton_kernels.release import refusal
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Launches inside go to `device`; on the CPU they go to Triton's interpreter."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+class on:  # noqa: N801  # reads as a word
+    """Launches inside go to `device`; on the CPU they go to Triton's interpreter.
+
+    Raises BackendUnavailable where Triton cannot compile a kernel.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._current = torch.cuda.device(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        if self._current is not None:
+            self._current.__enter__()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._current is not None:
+            self._current.__exit__(kind, error, trace)
+        if error is not None and (told := refusal(error, self._device)):
+            raise told from error
 
 
 @cache

@@ -1,0 +1,172 @@
+"""Experts' MLPs and the attention of one token on a GPU, beside what they cannot beat in the same run.
+
+    python -m benchmarks.gpu_experts [--only experts]
+
+Few tokens are bound by the weights: time over that of reading the experts that they chose once, at a copy's bandwidth.
+Many are bound by the matrix units: their rate over that of dense products of the same size. Times are those of CUDA
+graphs, without Python; the values are checked by `pytest tests/ops`.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_ops import BF16, copy_bandwidth, graph_milliseconds, normal
+from benchmarks.record import Row, report
+from statespan.ops import decode_attention, grouped_mlp
+from statespan.ops.activation import GATED
+
+FEW = (1, 2, 8, 16, 64, 512)
+MANY = 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer's experts."""
+
+    name: str
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    activation: str = "swiglu"
+
+    @property
+    def up_size(self) -> int:
+        return self.inner * (2 if self.activation in GATED else 1)
+
+    @property
+    def values(self) -> int:
+        """Weights of one expert."""
+        return self.hidden * (self.up_size + self.inner)
+
+
+SHAPES = (
+    Shape("Jamba v0.1", 4096, 14336, 16, 2),
+    Shape("Mixtral 8x7B", 4096, 14336, 8, 2),
+    Shape("MoE-Mamba", 768, 3072, 32, 1, "silu"),
+    Shape("64 experts", 1024, 2048, 64, 2),
+)
+
+
+def weights(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """Random parameters, in bfloat16 or int8 with scales."""
+    up, down = (shape.experts, shape.up_size, shape.hidden), (shape.experts, shape.hidden, shape.inner)
+    if dtype == torch.int8:
+        return {
+            "up_proj": torch.randint(-127, 128, up, dtype=torch.int8, device="cuda"),
+            "down_proj": torch.randint(-127, 128, down, dtype=torch.int8, device="cuda"),
+            "up_scale": torch.rand(up[:2], device="cuda") / (64 * shape.hidden**0.5),
+            "down_scale": torch.rand(down[:2], device="cuda") / (64 * shape.inner**0.5),
+        }
+    found = {
+        "up_proj": torch.empty(up, dtype=dtype, device="cuda"),
+        "down_proj": torch.empty(down, dtype=dtype, device="cuda"),
+    }
+    for matrices in found.values():
+        for matrix in matrices:
+            matrix.copy_(normal(*matrix.shape) / matrix.shape[1] ** 0.5)
+    return found
+
+
+def routed(shape: Shape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, and distinct experts chosen evenly."""
+    scores, index = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k, dim=1)
+    return normal(tokens, shape.hidden), index, scores
+
+
+def each_routing(inputs: list[tuple[Tensor, Tensor, Tensor]], parameters: dict[str, Any], activation: str) -> None:
+    """One call for each of the inputs."""
+    for x, index, weight in inputs:
+        grouped_mlp(x, index, weight, **parameters, activation=activation)
+
+
+def few_rows(shape: Shape, dtype: torch.dtype, copy: float) -> Iterator[Row]:
+    """A graph runs several routings in turn, so that no expert's weights are still in the cache."""
+    parameters, kind = weights(shape, dtype), "int8" if dtype == torch.int8 else "bf16"
+    size = 1 if dtype == torch.int8 else 2
+    for tokens in FEW:
+        inputs = [routed(shape, tokens) for _ in range(12 if shape.hidden < 4096 else 4)]
+        touched = sum(len(index.unique()) for _, index, _ in inputs) / len(inputs)
+        floor = touched * shape.values * size / copy
+
+        run = partial(each_routing, inputs, parameters, shape.activation)
+        milliseconds, spread = graph_milliseconds(run, calls=1)
+        milliseconds /= len(inputs)
+        note = f"{milliseconds / floor:.2f} x reading {touched:.1f} experts; goal 1.3"
+        yield Row(f"{shape.name}, {kind}, {tokens} tokens", "statespan", milliseconds * 1e3, "us", spread, note)
+
+
+def many_rows(shape: Shape) -> Iterator[Row]:
+    """Forward, and backward with all gradients, beside dense products of as many operations."""
+    parameters, (x, index, weight) = weights(shape, BF16), routed(shape, MANY)
+    rows = index.numel()
+    operations = 2 * rows * shape.values
+    up, down = parameters["up_proj"][0], parameters["down_proj"][0]
+    a, b = normal(rows, shape.hidden), normal(rows, shape.inner)
+
+    def dense() -> None:
+        torch.mm(a, up.T)
+        torch.mm(b, down.T)
+
+    arguments = (x, index, weight, parameters["up_proj"], parameters["down_proj"], None, None, shape.activation)
+    _, kept = torch.ops.statespan.grouped_mlp(*arguments, True, "auto")
+    backward = partial(torch.ops.statespan.grouped_mlp_backward, x, kept, *arguments, "auto")
+    forward = partial(grouped_mlp, x, index, weight, **parameters, activation=shape.activation)
+    rates: list[float] = []
+    for name, run, factor in (("dense products", dense, 1), ("forward", forward, 1), ("backward", backward, 2)):
+        milliseconds, spread = graph_milliseconds(run, calls=1)
+        rates.append(factor * operations / milliseconds / 1e9)
+        note = f"{milliseconds:.3f} ms, {rates[-1] / rates[0]:.0%} of dense; goal 80%"
+        yield Row(f"{shape.name}, bf16, {MANY} tokens, {name}", "statespan", rates[-1], "TFLOP/s", spread, note)
+
+
+def attend(query: Tensor, caches: list[list[Tensor]], position: Tensor, length: Tensor) -> None:
+    """A token over each of the caches."""
+    for key, value in caches:
+        decode_attention(query, key, value, position, length=length)
+
+
+def attention_rows(copy: float) -> Iterator[Row]:
+    """Jamba's attention, 32 heads and 8 kv heads of 128."""
+    for batch, slots in ((1, 8192), (8, 8192), (64, 8192), (1, 131072), (8, 131072), (1, 262144)):
+        query = normal(batch, 32, 128)
+        caches = [[normal(batch, slots, 8, 128) for _ in range(2)] for _ in range(8 if batch * slots < 10000 else 1)]
+        position = torch.arange(slots, device="cuda", dtype=torch.int32).expand(batch, -1).contiguous()
+        length = torch.tensor([slots], device="cuda", dtype=torch.int32)
+
+        milliseconds, spread = graph_milliseconds(partial(attend, query, caches, position, length), calls=1)
+        milliseconds /= len(caches)
+        share = 2 * query.element_size() * batch * slots * 8 * 128 / milliseconds / copy
+        note = f"{share:.0%} of copy bandwidth; goal 80%"
+        task = f"decode_attention, batch {batch}, {slots} slots"
+        yield Row(task, "statespan", milliseconds * 1e3, "us", spread, note)
+
+
+def rows(only: str | None) -> Iterator[Row]:
+    """All of them."""
+    copy = copy_bandwidth()
+    yield Row("copy of 512 MiB", "torch", copy / 1e6, "GB/s", 0.0)
+    with torch.no_grad():
+        for shape in SHAPES if only != "attention" else ():
+            for dtype in (BF16, torch.int8):
+                yield from few_rows(shape, dtype, copy)
+            yield from many_rows(shape)
+        if only != "experts":
+            yield from attention_rows(copy)
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["experts", "attention"])
+    report("gpu_experts", list(rows(parser.parse_args().only)), ["statespan", "torch", "triton"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Whole models on one GPU: training steps with their peak memory, and prefill.
+
+    python -m benchmarks.gpu_models [train prefill] [--only mamba-130m] [--profile]
+
+Random weights and tokens. Training is forward and backward under bfloat16 autocast with float32 parameters, as it comes
+and as a CUDA graph (`run.cuda_graph=true`), and whole steps with the fused AdamW. The goals stand beside what mamba-ssm
+2.3.2 reached on an H100.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import statespan
+from benchmarks.record import Row, report
+from statespan.training.captured import Captured
+
+PACKAGES = ["statespan", "torch", "triton", "cuda-core"]
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the tokens it gets, and what mamba-ssm reached with them."""
+
+    preset: str
+    batch: int
+    length: int
+    peer: float  # tokens a second
+    goal: float
+    peer_gib: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset}, {self.batch} x {self.length}"
+
+
+TRAINING = (
+    Case("mamba-130m", 16, 2048, 173_113, 300_000, 29.7),
+    Case("mamba-370m", 8, 2048, 67_700, 120_000, 25.2),
+    Case("mamba-1.4b", 4, 2048, 29_641, 45_000, 26.2),
+    Case("mamba-370m", 1, 16384, 60_336, 115_000, 25.2),
+    Case("mamba2-130m", 16, 2048, 189_692, 1.6 * 189_692),
+    Case("mamba2-370m", 8, 2048, 54_709, 1.6 * 54_709),
+    Case("mamba2-1.3b", 4, 2048, 21_090, 1.6 * 21_090),
+)
+PREFILL = (
+    Case("mamba-1.4b", 1, 2048, 53_132, 110_000),
+    Case("mamba-1.4b", 8, 2048, 128_035, 190_000),
+    Case("mamba-2.8b", 1, 131_072, 64_099, 95_000),
+)
+
+
+def seconds_of(run: Callable[[], object], repetitions: int) -> tuple[float, float]:
+    """Median and spread of a run's time after two others."""
+    times: list[float] = []
+    for index in range(repetitions + 2):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if index >= 2:
+            times.append(time.perf_counter() - started)
+    median = sorted(times)[len(times) // 2]
+    return median, (max(times) - min(times)) / median
+
+
+def profile(run: Callable[[], object]) -> None:
+    """Print the kernels of one run by their time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda row: -row.device_time_total)
+    total = sum(row.device_time_total for row in kernels)
+    print(f"kernels {total / 1e3:.1f} ms")
+    for row in kernels[:30]:
+        print(f"{row.device_time_total / 1e3:9.2f} ms {row.count:6d} x  {row.key[:110]}")
+
+
+def training_rows(case: Case, with_profile: bool, repetitions: int = 5) -> Iterator[Row]:
+    """Tokens a second and peak memory: forward + backward, the same as a CUDA graph, and whole steps of AdamW."""
+    model = statespan.build(case.preset, seed=0, device="cuda", draw_on_device=True)
+    ids = torch.randint(0, 50_000, (case.batch, case.length), device="cuda")
+    task = f"{case.name}, training"
+    goal = f"goal {case.goal:,.0f}, mamba-ssm {case.peer:,.0f}"
+
+    def forward_backward(ids: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        assert loss is not None
+        loss.backward()
+        return loss.detach()
+
+    def bare() -> None:
+        forward_backward(ids)
+        model.zero_grad(set_to_none=True)
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds, spread = seconds_of(bare, repetitions)
+    yield Row(task, "forward + backward", ids.numel() / seconds, "tok/s", spread, goal)
+    peak = torch.cuda.max_memory_allocated() / GIB
+    yield Row(task, "forward + backward", peak, "GiB", 0, f"mamba-ssm {case.peer_gib or 'unknown'}")
+    if with_profile:
+        profile(bare)
+    captured = Captured(model, forward_backward)
+    seconds, spread = seconds_of(lambda: captured(ids), repetitions)
+    yield Row(task, "forward + backward, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        captured(ids)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    seconds, spread = seconds_of(step, repetitions)
+    yield Row(task, "AdamW step, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
+    yield Row(task, "AdamW step, CUDA graph", torch.cuda.max_memory_allocated() / GIB, "GiB", 0)
+
+
+def prefill_rows(case: Case, with_profile: bool, repetitions: int = 5) -> Iterator[Row]:
+    """Tokens a second of one prompt a row: the last token's logits and the state."""
+    model = statespan.build(case.preset, seed=0, device="cuda", dtype=torch.bfloat16, draw_on_device=True).eval()
+    ids = torch.randint(0, 50_000, (case.batch, case.length), device="cuda")
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(ids, state=model.new_state(case.batch), logits_at="last")
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds, spread = seconds_of(run, repetitions)
+    goal = f"goal {case.goal:,.0f}, mamba-ssm {case.peer:,.0f}"
+    yield Row(f"{case.name}, prefill", "statespan bfloat16", ids.numel() / seconds, "tok/s", spread, goal)
+    peak = torch.cuda.max_memory_allocated() / GIB
+    yield Row(f"{case.name}, prefill", "statespan bfloat16", peak, "GiB", 0)
+    if with_profile:
+        profile(run)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        run()
+    seconds, spread = seconds_of(graph.replay, repetitions)
+    system = "statespan bfloat16, CUDA graph"
+    yield Row(f"{case.name}, prefill", system, ids.numel() / seconds, "tok/s", spread, goal)
+
+
+def main() -> None:
+    """Measure what is asked for and record it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["train", "prefill"])
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--profile", action="store_true", help="print each case's kernels by time")
+    options = parser.parse_args()
+    parts = {"train": (TRAINING, training_rows), "prefill": (PREFILL, prefill_rows)}
+    for part in options.parts:
+        cases, rows_of = parts[part]
+        rows: list[Row] = []
+        for case in cases:
+            if options.only in case.name:
+                rows += rows_of(case, options.profile)
+                torch.cuda.empty_cache()
+        report(f"gpu_{part}", rows, PACKAGES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Stepper: feed the newest token of each row, choose the next; on a GPU a CUDA graph, kept for the next call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from statespan.generation.sampling import Sampling, choose, random_numbers
+from statespan.layers.state import ModelState
+from statespan.models.language_model import LanguageModel
+
+BLOCK = 64  # random numbers of a row that go to the device at once
+KEPT = 4  # steppers of a model that wait for the next call; each holds a graph and the state of its rows
+
+Outcome = Callable[[], tuple[list[int], list[float]]]
+
+
+class Stepper:
+    """Steps for batches of one size and one way of sampling, on memory of its own.
+
+    `start` sets it to a state and the logits that follow from it, `advance` feeds the tokens just chosen; both choose
+    the next ones, and `outcome` hands them over when they are there.
+    """
+
+    def __init__(self, model: LanguageModel, batch_size: int, sampling: Sampling) -> None:
+        self.batch_size, self.sampling = batch_size, sampling
+        self.decoder = model.decoder(batch_size)
+        device, vocab_size = model.device, model.config.vocab_size
+        # The addresses of all of these are in the graph.
+        self.ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.best = torch.zeros(batch_size, dtype=torch.float32, device=device)  # the largest logit
+        self.seen: Tensor | None = None  # tokens under the repetition penalty
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
+        draws_on = "cpu" if device.type == "mps" else device  # which knows no float64
+        self._numbers = torch.zeros(0 if sampling.greedy else BLOCK, batch_size, dtype=torch.float64, device=draws_on)
+        self._place = torch.zeros(1, dtype=torch.int64, device=draws_on)  # of the next row of numbers
+        self._left = 0  # rows of numbers that are not used up
+        self.generators: list[torch.Generator] = []
+        self.logits = torch.empty(0)
+        self._run = self.decoder.captured(self._feed)
+
+    def start(
+        self, logits: Tensor, state: ModelState, seen: Tensor | None, generators: Sequence[torch.Generator], room: int
+    ) -> None:
+        """Go on from `state` and `logits` [b v], with room for so many tokens more; chooses the first ones."""
+        self.decoder.start(state, room)
+        self.generators, self._left = list(generators), 0
+        if self.seen is not None and seen is not None:
+            self.seen.copy_(seen)
+        self._refill()
+        self.logits = self._choose(logits)
+
+    def take_over(self, other: "Stepper", rows: Sequence[int], room: int) -> None:
+        """Go on with these rows of another stepper, whose tokens are chosen."""
+        index = torch.tensor(rows, device=self.ids.device)
+        self.decoder.start(other.decoder.state().select(index), room)
+        self.generators = [other.generators[row] for row in rows]
+        for ours, theirs in ((self.ids, other.ids), (self.best, other.best), (self.seen, other.seen)):
+            if ours is not None and theirs is not None:
+                ours.copy_(theirs[index])
+        self.logits = other.logits[index]
+        self._numbers.copy_(other._numbers[:, index.to(self._numbers.device)])
+        self._place.copy_(other._place)
+        self._left = other._left
+
+    def advance(self) -> None:
+        """Feed the chosen tokens and choose the next; on a GPU this only tells it to."""
+        self._refill()
+        self.logits = self._run()
+
+    def outcome(self) -> Outcome:
+        """A function that waits for the tokens chosen last, and gives them and the largest logits."""
+        if self.ids.device.type != "cuda":
+            ids, best = self.ids.tolist(), self.best.tolist()
+            return lambda: (ids, best)
+        # What is chosen next must not overwrite them before they are read.
+        host_ids, host_best = (
+            torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            for x in (self.ids, self.best)
+        )
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> tuple[list[int], list[float]]:
+            copied.synchronize()
+            return host_ids.tolist(), host_best.tolist()
+
+        return wait
+
+    def _feed(self) -> Tensor:
+        return self._choose(self.decoder(self.ids))
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The logits as float32, after the tokens chosen from them are in their places."""
+        logits = logits.float()
+        numbers = None
+        if not self.sampling.greedy:
+            numbers = self._numbers.index_select(0, self._place).squeeze(0)
+            self._place.add_(1)
+        ids, best = choose(logits, self.sampling, numbers, self.seen)
+        self.ids.copy_(ids)
+        self.best.copy_(best)
+        if self.seen is not None:
+            self.seen.scatter_(1, ids.unsqueeze(1), True)
+        return logits
+
+    def _refill(self) -> None:
+        """Send numbers when the last are used up, in the order in which one by one they would be drawn."""
+        if self.sampling.greedy:
+            return
+        if self._left == 0:
+            block = random_numbers(self.generators, BLOCK)
+            on_gpu = self._numbers.is_cuda
+            self._numbers.copy_(block.pin_memory() if on_gpu else block, non_blocking=on_gpu)
+            self._place.zero_()
+            self._left = BLOCK
+        self._left -= 1
+
+
+_Key = tuple[int, Sampling, tuple[int, ...]]
+_idle: WeakKeyDictionary[LanguageModel, list[tuple[_Key, Stepper]]] = WeakKeyDictionary()
+
+
+def take(model: LanguageModel, batch_size: int, sampling: Sampling) -> Stepper:
+    """A stepper, until `give_back`; a graph that an earlier call captured is used again."""
+    sampling = Sampling(**{f.name: getattr(sampling, f.name) for f in fields(Sampling)})
+    if model.device.type == "cuda":
+        key, idle = _key(model, batch_size, sampling), _idle.setdefault(model, [])
+        for place, (its_key, stepper) in enumerate(idle):
+            if its_key == key:
+                del idle[place]
+                return stepper
+    return Stepper(model, batch_size, sampling)
+
+
+def give_back(model: LanguageModel | None, stepper: Stepper) -> None:
+    """Keep a stepper that was taken for the next call."""
+    if model is not None and stepper.decoder.captures:
+        idle = _idle.setdefault(model, [])
+        idle.append((_key(model, stepper.batch_size, stepper.sampling), stepper))
+        del idle[:-KEPT]
+
+
+def _key(model: LanguageModel, batch_size: int, sampling: Sampling) -> _Key:
+    """What a graph is good for: it holds the weights' addresses, and reads there what a training step left."""
+    tensors = (*model.parameters(), *model.buffers())
+    return batch_size, sampling, tuple(tensor.data_ptr() for tensor in tensors)

@@ -1,0 +1,99 @@
+# pyright: reportCallIssue=false
+# A launch takes options, num_warps, that are no parameters of the kernel.
+"""Attention of one token on GPUs: tensors to the kernels of `triton_kernels.py`. The host never learns the length."""
+
+import torch
+from torch import Tensor
+
+from statespan.ops.decode_attention import triton_kernels as kernels
+from statespan.ops.layout import last_contiguous
+from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, shared_memory
+
+SLOTS = 64  # slots that are read together
+STAGES = 4
+PROGRAMS = 1  # of a multiprocessor
+MOST_SPLITS = 128
+
+
+def _step(slot_bytes: int, device: torch.device) -> tuple[int, int]:
+    """Slots of a step and steps on their way, of keys and values with so many bytes each."""
+    room = shared_memory(device) // PROGRAMS
+    stages = STAGES if room > 64 << 10 else 3  # Triton 3.6 does not compile 4 for AMD, where there is 64 KiB
+    slots = SLOTS
+    while stages * 2 * slots * slot_bytes > room and slots > 16:
+        slots //= 2
+    return slots, stages
+
+
+def _splits(batch: int, kv_heads: int, capacity: int, slots: int, device: torch.device) -> int:
+    """Parts of the slots that fill the machine once; the grid does not depend on the length."""
+    fill = PROGRAMS * multiprocessors(device) // (batch * kv_heads)
+    return max(1, min(fill, -(-capacity // slots), MOST_SPLITS))
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    length: Tensor | None,
+    next_position: Tensor | None,
+    sliding_window: int | None,
+    scale: float,
+) -> Tensor:
+    """[b h p] of `statespan.ops.decode_attention`."""
+    batch, heads, head_dim = query.shape
+    capacity, kv_heads = key.shape[1:3]
+    out = query.new_empty(query.shape)
+    if out.numel() == 0 or capacity == 0:
+        return out.zero_()
+    query, key, value, position = (last_contiguous(tensor) for tensor in (query, key, value, position))
+    next_position = None if next_position is None else next_position.contiguous()
+    dims = max(16, power_of_two(head_dim))
+    slots, stages = _step(dims * key.element_size(), query.device)
+    splits = _splits(batch, kv_heads, capacity, slots, query.device)
+    sums = None
+    if splits > 1:
+        sums = torch.empty(batch * heads * splits * (head_dim + 1), dtype=torch.float32, device=query.device)
+    with on(query.device):
+        kernels.attend[(kv_heads, splits, batch)](
+            query,
+            key,
+            value,
+            position,
+            length,
+            next_position,
+            out,
+            sums,
+            capacity,
+            heads,
+            head_dim,
+            sliding_window,
+            scale,
+            *query.stride()[:2],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            position.stride(0),
+            splits,
+            GROUP=heads // kv_heads,
+            HEADS=max(16, power_of_two(heads // kv_heads)),
+            DIMS=dims,
+            SLOTS=slots,
+            STAGES=stages,
+            num_warps=4,
+        )
+        if sums is not None:
+            kernels.combine[(batch * heads,)](
+                sums,
+                length,
+                out,
+                capacity,
+                head_dim,
+                batch * heads,
+                splits,
+                DIMS=dims,
+                SLOTS=slots,
+                PARTS=power_of_two(splits),
+                num_warps=4,
+            )
+    return out

@@ -1,0 +1,71 @@
+"""A kernel of a decoding step with everything but its addresses fixed, launched so that it may begin early."""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statespan.ops.cuda_kernels.compiler import cubin, cuda_core
+
+HERE = Path(__file__).parent
+UNASKED_BYTES = 40 << 10  # of dynamic shared memory; with the static part a block gets 48 KiB without asking
+
+
+class Launch:
+    """`name` of `name.cu`, compiled with `macros`. A call passes tensors as addresses, integers as int64.
+
+    From compute capability 9.0 on a kernel begins while the one before it still runs, and waits inside for its results.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        grid: tuple[int, int],
+        threads: int,
+        macros: Mapping[str, str | int],
+        shared_bytes: int = 0,
+    ) -> None:
+        core, capability = cuda_core(), torch.cuda.get_device_capability(device)
+        self._device = device
+        self._kernel = _load(name, device.index, "sm_{}{}".format(*capability), tuple(sorted(macros.items())))
+        early = {"programmatic_stream_serialization": True} if capability >= (9, 0) and _has_early_launches() else {}
+        self._config = core.LaunchConfig(grid=(*grid, 1), block=threads, shmem_size=shared_bytes, **early)
+        if shared_bytes > UNASKED_BYTES:
+            _allow_shared(self._kernel, device.index, shared_bytes)
+
+    def __call__(self, *arguments: Tensor | int | None) -> None:
+        values = [0 if a is None else a if isinstance(a, int) else a.data_ptr() for a in arguments]
+        handle = torch.cuda.current_stream(self._device).cuda_stream
+        with torch.cuda.device(self._device):
+            cuda_core().launch(_stream(handle), self._config, self._kernel, *values)
+
+
+@cache
+def _load(name: str, device: int, arch: str, macros: tuple[tuple[str, str | int], ...]) -> Any:
+    code = cubin(HERE / f"{name}.cu", arch, dict(macros))
+    with torch.cuda.device(device):
+        cuda_core().Device(device).set_current()
+        return cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
+
+
+@cache
+def _has_early_launches() -> bool:
+    return hasattr(cuda_core().LaunchConfig, "programmatic_stream_serialization")
+
+
+def _allow_shared(kernel: Any, device: int, shared_bytes: int) -> None:
+    driver: Any = import_module("cuda.bindings.driver")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, driver.CUdevice(device))
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuKernelSetAttribute: {error}")
+
+
+@cache
+def _stream(handle: int) -> Any:
+    return cuda_core().Stream.from_handle(handle)

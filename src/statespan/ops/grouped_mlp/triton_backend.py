@@ -1,0 +1,163 @@
+# pyright: reportCallIssue=false
+# A launch takes options, num_warps, that are no parameters of the kernel.
+"""Experts' MLPs on GPUs: tensors to the kernels of `triton_kernels.py`. Nothing waits for the device."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from statespan.ops.activation import GATED
+from statespan.ops.grouped_mlp import triton_kernels as kernels
+from statespan.ops.grouped_mlp.experts import Experts
+from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, sort
+from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, shared_memory
+
+FEW = 32  # choices up to here need no sorting: each program looks through all
+PRODUCT_SHARED = 200 << 10
+GROUP = 16  # most blocks of rows that go through the same weights side by side
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a program: weights' rows (of a gated product half of them gate) x rows x inputs a step, steps, warps."""
+
+    weights: int
+    rows: int
+    inputs: int
+    stages: int
+    warps: int
+
+    def fitted(self, item_bytes: int, device: torch.device) -> "Tile":
+        """With fewer inputs and steps where the shared memory is smaller."""
+        tile, limit = self, shared_memory(device)
+        step = (self.weights + self.rows) * item_bytes
+        while tile.stages * tile.inputs * step > limit and tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1)
+        while tile.stages * tile.inputs * step > limit and tile.inputs > 16:
+            tile = replace(tile, inputs=tile.inputs // 2)
+        return tile
+
+
+STREAM = Tile(64, 16, 128, 4, 4)  # memory-bound: weights as they come
+STREAM_INT8 = Tile(32, 16, 256, 4, 4)
+PRODUCT = Tile(256, 128, 64, 4, 8)  # matrix-bound
+PRODUCT_REGISTERS = Tile(128, 128, 32, 3, 8)  # where operands go through registers: before and beside Hopper
+PRECISE = Tile(32, 32, 32, 2, 4)  # float32 has no matrix units
+UNALIGNED = Tile(32, 32, 32, 2, 4)  # loads of single values: larger tiles compile for minutes
+
+
+def forward(
+    x: Tensor, expert_index: Tensor, expert_weight: Tensor, experts: Experts, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """[t h] of `statespan.ops.grouped_mlp`, and what the backward needs: the inner rows before the activation."""
+    num_experts, hidden_size, inner_size = experts.down_proj.shape
+    choices = expert_index.numel()
+    y = x.new_empty(x.shape)
+    if y.numel() == 0 or choices == 0:
+        return y.zero_(), x.new_zeros(choices if keep else 0, experts.up_proj.shape[1])
+    x, expert_index = aligned(x), expert_index.contiguous()
+    with on(x.device):
+        places = None if choices <= FEW and not keep else sort(expert_index, num_experts)
+        kept = x.new_empty(choices if keep else 0, experts.up_proj.shape[1])
+        inner = x.new_empty(choices, inner_size)
+        products(
+            x, experts.up_proj, experts.up_bias, experts.up_scale, expert_index, places, inner, activation,
+            kept=kept if keep else None, share=expert_index.shape[1], gather=True,
+        )  # fmt: skip
+        splits = _splits(choices, experts.down_proj) if places is None else 1
+        rows = x.new_empty(splits, choices, hidden_size, dtype=torch.float32 if splits > 1 else x.dtype)
+        products(
+            inner, experts.down_proj, experts.down_bias, experts.down_scale, expert_index, places, rows, scatter=True
+        )
+        combine(rows, None, expert_index, expert_weight, num_experts, y)
+    return y, kept
+
+
+def _stream(weight: Tensor) -> Tile:
+    return STREAM_INT8 if weight.dtype == torch.int8 else STREAM
+
+
+def _splits(choices: int, weight: Tensor) -> int:
+    """Parts of the inputs of a few rows' products, so that every multiprocessor has two programs."""
+    num_experts, outputs, inputs = weight.shape
+    tile = _stream(weight)
+    programs = min(choices, num_experts) * -(-outputs // tile.weights)
+    return max(1, min(8, 2 * multiprocessors(weight.device) // programs, inputs // (4 * tile.inputs)))
+
+
+def product_tile(x: Tensor, weight: Tensor, rows: int) -> Tile:
+    """Sizes for so many rows [inputs] an expert on average, and the weights [e outputs inputs]."""
+    if any(size % 16 for size in weight.shape[1:]) or weight.data_ptr() % 16:
+        tile = UNALIGNED
+    elif x.dtype == torch.float32:
+        tile = PRECISE
+    elif rows <= 96:
+        tile = replace(_stream(weight), rows=max(16, min(64, power_of_two(2 * rows))))
+    else:
+        tile = PRODUCT if shared_memory(x.device) >= PRODUCT_SHARED else PRODUCT_REGISTERS
+    return tile.fitted(x.element_size(), x.device)
+
+
+def products(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    expert_index: Tensor,
+    places: Sorted | None,
+    y: Tensor,
+    activation: str = "none",
+    *,
+    kept: Tensor | None = None,
+    share: int = 1,
+    gather: bool = False,
+    scatter: bool = False,
+) -> Tensor:
+    """y [.. choices outputs] of rows of x: weight [e outputs inputs] (gated: 2 outputs), of any strides."""
+    gated = activation in GATED
+    choices, (num_experts, _, inputs), outputs = expert_index.numel(), weight.shape, y.shape[-1]
+    splits = y.shape[0] if y.dim() == 3 else 1
+    tile = product_tile(x, weight, -(-choices // num_experts))
+    block = tile.weights // 2 if gated else tile.weights
+    blocks = -(-outputs // block)
+    if places is None:
+        slots = min(choices, num_experts)
+        tile = replace(tile, rows=max(16, power_of_two(choices)))
+        grid = (blocks, slots, splits)
+    else:
+        grid = ((choices // tile.rows + min(choices, num_experts)) * blocks, 1, splits)
+    kernels.products[grid](
+        x,
+        weight,
+        None if bias is None else bias.contiguous(),
+        None if scale is None else scale.contiguous(),
+        expert_index if places is None else None,
+        None if places is None else places.order,
+        None if places is None else places.ends,
+        kept,
+        y,
+        choices,
+        num_experts,
+        inputs,
+        outputs,
+        x.stride(0),
+        share,
+        *weight.stride(),
+        splits,
+        ACTIVATION=activation,
+        GATED=gated,
+        BY_CHOICE=choices <= num_experts,
+        GATHER=gather,
+        SCATTER=scatter,
+        EXPERTS=power_of_two(num_experts),
+        GROUP=GROUP,
+        OUTPUTS=block,
+        ROWS=tile.rows,
+        INPUTS=tile.inputs,
+        WIDE=tile.rows >= 64 and scale is None,
+        EVEN=inputs % tile.inputs == 0,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+    )
+    return y

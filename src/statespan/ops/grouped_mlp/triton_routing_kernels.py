@@ -1,0 +1,142 @@
+# pyright: basic, reportMissingParameterType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+# Triton infers the types of kernels, and Python's reading of its language is another.
+"""Choices sorted by expert, rows to their places and back, in Triton.
+
+A choice is a number in [0, t k), token t's j-th being t k + j; a place is its rank when choices are sorted by expert.
+"""
+
+import triton
+import triton.language as tl
+
+from statespan.ops.triton_kernels.functions import both
+
+
+@triton.jit(do_not_specialize=["choices", "blocks_each"])
+def count(expert_index, counts, choices, blocks_each, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """How often each expert was chosen among this program's choices: counts [programs EXPERTS]."""
+    expert = tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    first = tl.program_id(0).to(tl.int64) * blocks_each * BLOCK
+    for block in range(blocks_each):
+        choice = first + block * BLOCK + tl.arange(0, BLOCK)
+        chosen = tl.load(expert_index + choice, choice < choices, -1)
+        total += tl.sum((chosen[:, None] == expert[None]).to(tl.int32), 0)
+    tl.store(counts + tl.program_id(0) * EXPERTS + expert, total)
+
+
+@triton.jit(do_not_specialize=["choices", "blocks_each", "programs"])
+def sort(
+    expert_index,
+    counts,
+    order,
+    place,
+    ends,
+    choices,
+    num_experts,
+    blocks_each,
+    programs,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Stable sort by expert: order [place] -> choice, place [choice] (-1: served by none), ends [e] of the experts."""
+    expert = tl.arange(0, EXPERTS)
+    total, before = tl.zeros([EXPERTS], tl.int32), tl.zeros([EXPERTS], tl.int32)
+    for program in range(programs):
+        found = tl.load(counts + program * EXPERTS + expert)
+        total += found
+        before += tl.where(program < tl.program_id(0), found, 0)
+    total = tl.where(expert < num_experts, total, 0)
+    end = tl.cumsum(total, 0)
+    if tl.program_id(0) == 0:
+        tl.store(ends + expert, end, expert < num_experts)
+    begin = end - total + before
+    first = tl.program_id(0).to(tl.int64) * blocks_each * BLOCK
+    for block in range(blocks_each):
+        choice = first + block * BLOCK + tl.arange(0, BLOCK)
+        chosen = tl.load(expert_index + choice, choice < choices, -1)
+        hit = (chosen[:, None] == expert[None]).to(tl.int32)
+        rank = tl.sum(hit * (begin[None] + tl.cumsum(hit, 0) - 1), 1)
+        served = (chosen >= 0) & (chosen < num_experts)
+        tl.store(order + rank, choice.to(tl.int32), served)
+        tl.store(place + choice, tl.where(served, rank, -1), choice < choices)
+        begin += tl.sum(hit, 0)
+
+
+@triton.jit
+def sorted_tile(ends, num_experts, output_blocks, EXPERTS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """This program's expert, its first place, the place where the expert's end, and its block of outputs.
+
+    Programs near each other share weights (up to GROUP blocks of rows with the same outputs) and rows. Beyond the last
+    tile the expert is num_experts.
+    """
+    e = tl.arange(0, EXPERTS)
+    end = tl.load(ends + e, e < num_experts, 0)
+    begin = tl.load(ends + e - 1, (e > 0) & (e < num_experts), 0)
+    row_blocks = tl.where(e < num_experts, tl.cdiv(end - begin, ROWS), 0)
+    last_tile = tl.cumsum(row_blocks * output_blocks, 0)
+    tile = tl.program_id(0)
+    expert = tl.sum((last_tile <= tile).to(tl.int32), 0)
+    mine = e == expert
+    stop = tl.sum(tl.where(mine, end, 0), 0)
+    start = tl.sum(tl.where(mine, begin, 0), 0)
+    blocks = tl.maximum(tl.sum(tl.where(mine, row_blocks, 0), 0), 1)
+    tile -= tl.sum(tl.where(mine, last_tile - row_blocks * output_blocks, 0), 0)
+    # Equal groups: one with a single block of rows would read all weights for itself.
+    each = tl.cdiv(blocks, tl.cdiv(blocks, GROUP))
+    first = tile // (each * output_blocks) * each
+    size = tl.maximum(tl.minimum(blocks - first, each), 1)
+    tile = tile % (each * output_blocks)
+    return tl.where(expert < EXPERTS, expert, num_experts), start + (first + tile % size) * ROWS, stop, tile // size
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def gather(x, order, ends, rows, num_experts, columns, top_k, x_stride, BLOCK: tl.constexpr):
+    """rows [place] = the row of the place's token; places that no expert serves are left as they are."""
+    place = tl.program_id(0).to(tl.int64)
+    if place >= tl.load(ends + num_experts - 1):
+        return
+    token = (tl.load(order + place) // top_k).to(tl.int64)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < columns
+        tl.store(rows + place * columns + column, tl.load(x + token * x_stride + column, mask), mask)
+
+
+@triton.jit(do_not_specialize=["choices", "splits", "weight_stride", "choice_stride"])
+def combine(
+    rows,
+    place,
+    expert_index,
+    expert_weight,
+    y,
+    choices,
+    num_experts,
+    hidden_size,
+    weight_stride,
+    choice_stride,
+    splits,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y_t = sum_j w_tj (sum of the splits of choice t k + j); NaN where an index names no expert."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < hidden_size
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(TOP_K):
+        choice = token * TOP_K + j
+        expert = tl.load(expert_index + choice)
+        row = choice if place is None else tl.load(place + choice).to(tl.int64)
+        here = both(mask, (expert >= 0) & (expert < num_experts))
+        value = tl.zeros([BLOCK], tl.float32)
+        for split in range(splits):
+            at = (row + split * choices) * hidden_size
+            value += tl.load(rows + at + column, here, 0.0).to(tl.float32)
+        if expert_weight is not None:
+            weight = tl.load(expert_weight + token * weight_stride + j * choice_stride).to(tl.float32)
+            value = tl.where(here, value * weight, 0.0)
+        total += value
+        unknown = (expert < -1) | (expert >= num_experts)
+        total = tl.where(unknown, float("nan"), total)
+    tl.store(y + token * hidden_size + column, total, mask)

@@ -1,0 +1,176 @@
+"""The CUDA kernels of decoding steps compile for every kind of GPU, without one: few spills, little shared memory."""
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from statespan.layers.config import Mamba1Config, Mamba2Config, MLPConfig, MoEConfig
+from statespan.layers.mamba1 import Mamba1
+from statespan.layers.mamba2 import Mamba2
+from statespan.layers.mlp import MLP
+from statespan.layers.moe import Int8Experts, MoE
+from statespan.layers.norm import RMSNorm
+from statespan.models.quantize import Int8Linear
+from statespan.ops.cuda_kernels import compiler
+from statespan.ops.decode_step import HeadWeights, Projection, cuda, launch
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+SPILL_BYTES = 16
+SHARED_BYTES = (48 << 10) - launch.UNASKED_BYTES  # static: with the dynamic part a block gets 48 KiB without asking
+HIDDEN = 256
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def int8(layer: torch.nn.Module) -> torch.nn.Module:
+    for name, child in list(layer.named_children()):
+        if isinstance(child, torch.nn.Linear) and name != "router":
+            setattr(layer, name, Int8Linear(child.weight, child.bias))
+        elif name == "experts":
+            setattr(layer, name, Int8Experts(child))
+    return layer
+
+
+def mixer_inputs(layer: Any, rows: int, stream: torch.dtype, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    state = layer.new_state(rows, torch.device("cpu"), dtype)
+    return torch.zeros(rows, HIDDEN, dtype=stream), state.conv, state.ssm
+
+
+def mamba1(rows: int, dtype=BF16, stream=F32, quantize=False, **changes: object):
+    layer = Mamba1(HIDDEN, Mamba1Config(**changes)).to(dtype)
+    layer = int8(layer) if quantize else layer
+    step = cuda.mamba1(layer.step_weights(RMSNorm(HIDDEN, 1e-5).to(dtype)), rows, stream, dtype)
+    return step, mixer_inputs(layer, rows, stream, dtype)
+
+
+def mamba2(rows: int, dtype=BF16, stream=F32, **changes: object):
+    layer = Mamba2(HIDDEN, Mamba2Config(**changes)).to(dtype)
+    step = cuda.mamba2(layer.step_weights(RMSNorm(HIDDEN, 1e-5).to(dtype)), rows, stream, dtype)
+    return step, mixer_inputs(layer, rows, stream, dtype)
+
+
+def feed_forward(rows: int, layer: torch.nn.Module, dtype=BF16, quantize=False):
+    layer = int8(layer.to(dtype)) if quantize else layer.to(dtype)
+    step = cuda.feed_forward(layer.step_weights(RMSNorm(HIDDEN, 1e-5).to(dtype)), rows, F32)
+    return step, (torch.zeros(rows, HIDDEN),)
+
+
+def experts(rows: int, **changes: object):
+    return feed_forward(rows, MoE(HIDDEN, MoEConfig(num_experts=4, intermediate_size=512)), **changes)
+
+
+def head(rows: int, dtype=BF16):
+    weight = torch.zeros(999, HIDDEN, dtype=dtype)
+    step = cuda.head(HeadWeights(torch.zeros(HIDDEN, dtype=dtype), 1e-5, Projection(weight), 997), rows, F32)
+    return step, (torch.zeros(rows, HIDDEN),)
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "mamba1": lambda: mamba1(1),
+    "mamba1, 8 rows": lambda: mamba1(8),
+    "mamba1, many rows": lambda: mamba1(64),
+    "mamba1, float16": lambda: mamba1(3, dtype=F16, stream=F16),
+    "mamba1, int8, odd": lambda: mamba1(2, quantize=True, inner_norms=True, state_size=5, dt_rank=3, proj_bias=True),
+    "mamba1, float32, wide state": lambda: mamba1(1, dtype=F32, state_size=128, discretization="zoh", conv_kernel=1),
+    "mamba1, many rows, float32": lambda: mamba1(9, dtype=F32),
+    "mamba2": lambda: mamba2(1),
+    "mamba2, many rows": lambda: mamba2(64),
+    "mamba2, groups": lambda: mamba2(5, num_groups=4, head_dim=32, norm_before_gate=True, discretization="bilinear"),
+    "mlp": lambda: feed_forward(1, MLP(HIDDEN, MLPConfig(intermediate_size=512))),
+    "mlp, gelu": lambda: feed_forward(4, MLP(HIDDEN, MLPConfig(intermediate_size=512, activation="gelu", bias=True))),
+    "experts": lambda: experts(1),
+    "experts, int8": lambda: experts(3, quantize=True),
+    "head": lambda: head(1),
+    "head, float32": lambda: head(8, dtype=F32),
+}
+EVERYWHERE = ("mamba1", "mamba2, groups", "experts", "mamba2, many rows")  # on every kind of GPU; the others on one
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, tuple[tuple[str, str | int], ...]]]:
+    """What would be loaded: names and macros."""
+    found: set[tuple[str, tuple[tuple[str, str | int], ...]]] = set()
+    limits = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    limits.shared_memory_per_block = 48 << 10
+    monkeypatch.setattr(launch, "_load", lambda name, device, arch, macros: found.add((name, macros)))
+    monkeypatch.setattr(launch, "_allow_shared", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _=None: limits)
+    return found
+
+
+@pytest.mark.parametrize(("case", "arch"), [(c, a) for c in CASES for a in ARCHS if c in EVERYWHERE or a == "sm_90"])
+def test_steps_compile(case: str, arch: str, launched) -> None:
+    with torch.no_grad():
+        assert CASES[case]()[0] is not None
+    assert launched
+    for name, macros in launched:
+        log: list[str] = []
+        code = compiler.compile_cubin(launch.HERE / f"{name}.cu", arch, dict(macros), log)
+        text = "".join(log)
+        assert code[:4] == b"\x7fELF" and "bytes spill stores" in text
+        assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", text)) <= SPILL_BYTES, text
+        assert max([0, *(int(count) for count in re.findall(r"(\d+) bytes smem", text))]) <= SHARED_BYTES, text
+
+
+TYPES = {"float": F32, "bfloat16": BF16, "float16": F16, "int8": torch.int8, "int": torch.int32}
+
+
+def parameters(name: str) -> list[str]:
+    """Of a kernel, as its source declares them."""
+    text = compiler.source_of(launch.HERE / f"{name}.cu")
+    (signature,) = re.findall(rf"__launch_bounds__\(\w+\) {name}\((.*?)\) \{{", text, flags=re.DOTALL)
+    return [part.strip() for part in signature.split(",")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_argument_is_what_the_kernel_takes(case: str, launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch passes addresses and nobody looks at types: their number, kinds and dtypes must be right."""
+    calls: list[str] = []
+    made = launch.Launch.__init__
+
+    def init(self: Any, name: str, device: torch.device, grid: Any, threads: int, macros: Any, *rest: int) -> None:
+        made(self, name, device, grid, threads, macros, *rest)
+        self.of = name, dict(macros)
+
+    def call(self: Any, *arguments: Any) -> None:
+        name, macros = self.of
+        declared = parameters(name)
+        assert len(arguments) == len(declared), name
+        for argument, parameter in zip(arguments, declared, strict=True):
+            if parameter.startswith("i64"):
+                assert isinstance(argument, int), (name, parameter)
+                continue
+            assert argument is None or isinstance(argument, torch.Tensor), (name, parameter)
+            kind = parameter.removeprefix("const ").split("*")[0].strip()
+            if argument is not None and kind != "void":
+                assert argument.dtype == TYPES[macros.get(kind, kind)], (name, parameter)
+        calls.append(name)
+
+    monkeypatch.setattr(launch.Launch, "__init__", init)
+    monkeypatch.setattr(launch.Launch, "__call__", call)
+    with torch.inference_mode():
+        step, inputs = CASES[case]()
+        step(*inputs)
+    assert calls
+
+
+def test_every_kernel_file_is_compiled_here(launched) -> None:
+    with torch.no_grad():
+        for case in CASES.values():
+            case()
+    assert {name for name, _ in launched} == {file.stem for file in launch.HERE.glob("*.cu")}
+
+
+def test_weights_that_cannot_be_read_by_16_bytes_are_left_to_the_layers(launched) -> None:
+    layer = Mamba1(HIDDEN + 4, Mamba1Config()).to(BF16)
+    assert cuda.mamba1(layer.step_weights(RMSNorm(HIDDEN + 4, 1e-5).to(BF16)), 1, F32, BF16) is None
+    assert cuda.feed_forward(_moe(MoEConfig(num_experts=4, intermediate_size=20)), 1, F32) is None
+    assert not launched
+
+
+def _moe(config: MoEConfig):
+    return MoE(HIDDEN, config).to(BF16).step_weights(RMSNorm(HIDDEN, 1e-5).to(BF16))
