@@ -54,6 +54,8 @@ EXACT = {
     "mixtral-8x7b": (46_702_792_704, 12_879_925_248),
     "lstm-130m": (127_068_160, 127_068_160),
     "gru-130m": (127_071_232, 127_071_232),
+    "s4-130m": (133_264_128, 133_264_128),
+    "s4d-130m": (128_545_536, 128_545_536),
 }
 
 # name: (total, active) in millions as the papers and model cards print them, and whether they leave embeddings out

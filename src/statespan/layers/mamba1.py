@@ -47,14 +47,15 @@ class Mamba1(Mixer):
     ) -> tuple[Tensor, SSMState | None]:
         if state is not None and hidden.shape[1] == 1 and segments is None and not torch.is_grad_enabled():
             return self._step(hidden, state)
-        mix = self._mix_at_once if self._at_once() else self._mix
+        mix = self._mix_at_once if self._at_once(hidden) else self._mix
         y, conv, ssm = mix(self.in_proj(hidden), state, segments)
         return self.out_proj(y), None if state is None else SSMState(conv, ssm)
 
-    def _at_once(self) -> bool:
-        """Whether the part between the outer projections runs as one op: gradients are wanted, and the inner
-        projections are plain (neither quantized nor wrapped by an adapter, whose forward must run)."""
-        return torch.is_grad_enabled() and type(self.x_proj) is Linear and type(self.dt_proj) is Linear
+    def _at_once(self, hidden: Tensor) -> bool:
+        """Whether the part between the outer projections runs as one op: on a GPU where gradients are wanted (a CPU
+        gains nothing), and if the inner projections are plain, neither quantized nor wrapped by an adapter."""
+        plain = type(self.x_proj) is Linear and type(self.dt_proj) is Linear
+        return plain and hidden.is_cuda and torch.is_grad_enabled()
 
     def _mix_at_once(
         self, xz: Tensor, state: SSMState | None, segments: Tensor | None

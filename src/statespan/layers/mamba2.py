@@ -43,14 +43,14 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, SSMState | None]:
         if state is not None and hidden.shape[1] == 1 and segments is None and not torch.is_grad_enabled():
             return self._step(hidden, state)
-        mix = self._mix_at_once if torch.is_grad_enabled() else self._mix
+        mix = self._mix_at_once if hidden.is_cuda and torch.is_grad_enabled() else self._mix
         y, conv, ssm = mix(self.in_proj(hidden), state, segments)
         return self.out_proj(y), None if state is None else SSMState(conv, ssm)
 
     def _mix_at_once(
         self, zxBCdt: Tensor, state: SSMState | None, segments: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The part between the projections where gradients are wanted."""
+        """As `_mix` in one op, for gradients on a GPU; a CPU gains nothing."""
         gated = self.config.gated_norm
         return mamba2_inner(
             zxBCdt,
