@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from statespan.layers.moe import Int8Experts, MoE
 from statespan.layers.norm import RMSNorm
 from statespan.models.quantize import Int8Linear
 from statespan.ops.cuda_kernels import compiler
-from statespan.ops.decode_step import HeadWeights, Projection, cuda, launch
+from statespan.ops.decode_step import HeadWeights, Projection, cuda, launch, project
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 SPILL_BYTES = 16
@@ -93,12 +92,11 @@ EVERYWHERE = ("mamba1", "mamba2, groups", "experts", "mamba2, many rows")  # on 
 def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, tuple[tuple[str, str | int], ...]]]:
     """What would be loaded: names and macros."""
     found: set[tuple[str, tuple[tuple[str, str | int], ...]]] = set()
-    limits = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
-    limits.shared_memory_per_block = 48 << 10
     monkeypatch.setattr(launch, "_load", lambda name, device, arch, macros: found.add((name, macros)))
     monkeypatch.setattr(launch, "_allow_shared", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _=None: limits)
+    monkeypatch.setattr(project, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(project, "shared_memory", lambda device: 227 << 10)
     return found
 
 

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from statespan.ops.grouped_mlp import triton_backward
 from statespan.ops.grouped_mlp.experts import Experts
+from statespan.ops.selective_scan import inputs as scan_inputs
 from statespan.ops.ssd.inputs import Inputs, Options
 
 BACKENDS = {
@@ -88,10 +89,10 @@ def launch_all() -> None:
     x, z = empty(2, 70, 10240, dtype=BF16).chunk(2, dim=-1)
     matrix, rates, channels = empty(2, 70, 1, 16, dtype=BF16), empty(5120, 16), empty(5120)
     for segments, discretization in ((None, "mamba"), (empty(2, 70).long(), "zoh")):
-        inputs = (x, x, rates, matrix, matrix, channels, z, channels)
-        options = (segments, True, discretization)
-        *_, starts = scan.selective_scan(*inputs, None, *options, True)
-        scan.gradients(x, None, starts, *inputs, *options)
+        inputs = scan_inputs.Inputs(x, x, rates, matrix, matrix, channels, z, channels, None, segments)
+        options = scan_inputs.Options(True, discretization)
+        *_, starts = scan.selective_scan(inputs, options, True)
+        scan.gradients(x, None, starts, inputs, options)
 
     launch_experts(experts)
     query, cache, position = empty(2, 32, 128, dtype=BF16), empty(2, 9000, 8, 128, dtype=BF16), empty(2, 9000).int()

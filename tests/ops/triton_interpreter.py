@@ -100,6 +100,7 @@ def state_update() -> Iterator[Pair]:
 
 def selective_scan() -> Iterator[Pair]:
     from statespan.ops.selective_scan import reference, triton_backend
+    from statespan.ops.selective_scan.inputs import Inputs, Options
 
     triton_backend.EVERY = 4
     triton_backend.FORWARD._forced = {"tile": 16, "unroll": 2}
@@ -117,13 +118,12 @@ def selective_scan() -> Iterator[Pair]:
         B, C = torch.randn(2, length, 2, groups, states).unbind(2)
         D, bias, initial = torch.randn(channels), torch.rand(channels), torch.randn(2, channels, states)
         inputs = (u, dt, A, B, C, *((D, z, bias, initial) if whole else (None, None, None, None)))
-        numbers = segments_of(kind, length)
-        options = (numbers, softplus, discretization)
-        *found, starts = triton_backend.selective_scan(*inputs, *options, True)
-        run = lambda *v, o=options: reference.selective_scan(*v, *o)  # noqa: E731  # bound now
+        given, options = Inputs(*inputs, segments_of(kind, length)), Options(softplus, discretization)
+        *found, starts = triton_backend.selective_scan(given, options, True)
+        run = lambda *v, n=given.segments, o=options: reference.selective_scan(Inputs(*v, n), o)  # noqa: E731  # bound now
         yield from zip(found, run(*wide(*inputs)), strict=True)
         upstream = [torch.randn(value.shape) for value in found]
-        grads = triton_backend.gradients(*upstream, starts, *inputs[:-1], *options)
+        grads = triton_backend.gradients(*upstream, starts, given, options)
         for value, exact in zip(grads, vjp(run, inputs, upstream), strict=True):
             yield (None if exact is None else value), exact
 

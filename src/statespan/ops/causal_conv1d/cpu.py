@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from statespan.ops.layout import last_contiguous
+from statespan.ops.layout import contiguous, contiguous_float32, last_contiguous
 from statespan.ops.numba_kernels import Kernel, num_workers, scratch
 
 _MODULE = "statespan.ops.causal_conv1d.cpu_kernels"
@@ -56,8 +56,8 @@ def forward(
         workers=workers,
         x=x,
         weight=weight.t().to(torch.float32).contiguous(),
-        bias=None if bias is None else bias.to(torch.float32).contiguous(),
-        initial_state=None if initial_state is None else initial_state.contiguous(),
+        bias=contiguous_float32(bias),
+        initial_state=contiguous(initial_state),
         zero_row=torch.zeros(block),
         segments=None if segments is None else segments.to(torch.int64).contiguous(),
         y=y,
@@ -102,8 +102,8 @@ def backward(
         x=x,
         weight=transposed,
         mirrored=transposed.flip(0),
-        bias=None if bias is None else bias.to(torch.float32).contiguous(),
-        initial_state=None if initial_state is None else initial_state.contiguous(),
+        bias=contiguous_float32(bias),
+        initial_state=contiguous(initial_state),
         zero_row=torch.zeros(block),
         segments=None if segments is None else segments.to(torch.int64).contiguous(),
         grad_x=grad_x,

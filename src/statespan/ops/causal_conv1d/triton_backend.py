@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from statespan.ops.causal_conv1d import triton_kernels as kernels
-from statespan.ops.layout import last_contiguous
-from statespan.ops.triton_kernels import multiprocessors, on, power_of_two
+from statespan.ops.gpu import multiprocessors
+from statespan.ops.layout import contiguous, last_contiguous
+from statespan.ops.triton_kernels import on, power_of_two
 from statespan.ops.tuning import Tunable
 
 SEARCH = 128  # tokens that are looked through at once for one that is no padding
@@ -54,9 +55,9 @@ def forward(
         kernels.forward[(batch * strips * -(-channels // block),)](
             x,
             weight,
-            bias if bias is None else bias.contiguous(),
-            initial_state if initial_state is None else initial_state.contiguous(),
-            segments if segments is None else segments.contiguous(),
+            contiguous(bias),
+            contiguous(initial_state),
+            contiguous(segments),
             y,
             final_state,
             length,
@@ -108,9 +109,9 @@ def backward(
             grad_final_state.contiguous(),
             x,
             weight,
-            bias if bias is None else bias.contiguous(),
-            initial_state if initial_state is None else initial_state.contiguous(),
-            segments if segments is None else segments.contiguous(),
+            contiguous(bias),
+            contiguous(initial_state),
+            contiguous(segments),
             grad_x,
             parts,
             grad_initial_state,
@@ -152,7 +153,7 @@ def update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: 
             state,
             x,
             weight,
-            bias if bias is None else bias.contiguous(),
+            contiguous(bias),
             y,
             next_state,
             channels,

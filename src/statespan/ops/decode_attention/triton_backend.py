@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from statespan.ops.decode_attention import triton_kernels as kernels
-from statespan.ops.layout import last_contiguous
-from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, shared_memory
+from statespan.ops.gpu import multiprocessors, shared_memory
+from statespan.ops.layout import contiguous, last_contiguous
+from statespan.ops.triton_kernels import on, power_of_two
 
 SLOTS = 64  # slots that are read together
 STAGES = 4
@@ -48,7 +49,7 @@ def decode_attention(
     if out.numel() == 0 or capacity == 0:
         return out.zero_()
     query, key, value, position = (last_contiguous(tensor) for tensor in (query, key, value, position))
-    next_position = None if next_position is None else next_position.contiguous()
+    next_position = contiguous(next_position)
     dims = max(16, power_of_two(head_dim))
     slots, stages = _step(dims * key.element_size(), query.device)
     splits = _splits(batch, kv_heads, capacity, slots, query.device)

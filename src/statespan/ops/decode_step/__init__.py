@@ -53,46 +53,30 @@ def prepare(
     Numerics: what passes between the parts is float32, whatever the weights are; it is not rounded on the way.
     """
     device = weights.norm.device
-    match resolve(OPS[type(weights)], "auto", device, hidden_dtype, conv_dtype):
+    backend = _module(resolve(OPS[type(weights)], "auto", device, hidden_dtype, conv_dtype))
+    if backend is None:
+        return None
+    match weights:
+        case Mamba1Weights():
+            return backend.mamba1(weights, num_rows, hidden_dtype, conv_dtype)
+        case Mamba2Weights():
+            return backend.mamba2(weights, num_rows, hidden_dtype, conv_dtype)
+        case FeedForwardWeights():
+            return backend.feed_forward(weights, num_rows, hidden_dtype)
+        case HeadWeights():
+            return backend.head(weights, num_rows, hidden_dtype)
+
+
+def _module(name: str) -> Any:
+    """The compiled backend of that name, or None; loaded when it runs."""
+    match name:
         case "cuda":
-            return _on_cuda(weights, num_rows, hidden_dtype, conv_dtype)
-        case "cpu" if not isinstance(weights, HeadWeights):
-            return _on_cpu(weights, num_rows, hidden_dtype, conv_dtype)
+            from statespan.ops.decode_step import cuda
+
+            return cuda
+        case "cpu":
+            from statespan.ops.decode_step import cpu
+
+            return cpu
         case _:
             return None
-
-
-def _on_cpu(
-    weights: Mamba1Weights | Mamba2Weights | FeedForwardWeights,
-    num_rows: int,
-    hidden_dtype: torch.dtype,
-    conv_dtype: torch.dtype,
-) -> Callable[..., Any] | None:
-    from statespan.ops.decode_step import cpu  # loads compiled kernels, so imported when it runs
-
-    match weights:
-        case Mamba1Weights():
-            return cpu.mamba1(weights, num_rows, hidden_dtype, conv_dtype)
-        case Mamba2Weights():
-            return cpu.mamba2(weights, num_rows, hidden_dtype, conv_dtype)
-        case FeedForwardWeights():
-            return cpu.feed_forward(weights, num_rows, hidden_dtype)
-
-
-def _on_cuda(
-    weights: Mamba1Weights | Mamba2Weights | FeedForwardWeights | HeadWeights,
-    num_rows: int,
-    hidden_dtype: torch.dtype,
-    conv_dtype: torch.dtype,
-) -> Callable[..., Any] | None:
-    from statespan.ops.decode_step import cuda  # loads the CUDA bindings, so imported when it runs
-
-    match weights:
-        case Mamba1Weights():
-            return cuda.mamba1(weights, num_rows, hidden_dtype, conv_dtype)
-        case Mamba2Weights():
-            return cuda.mamba2(weights, num_rows, hidden_dtype, conv_dtype)
-        case FeedForwardWeights():
-            return cuda.feed_forward(weights, num_rows, hidden_dtype)
-        case HeadWeights():
-            return cuda.head(weights, num_rows, hidden_dtype)

@@ -84,7 +84,7 @@ class Addresses:
 
     def projection(self, projection: Projection) -> tuple[int, int, int]:
         """Of weight, scale and bias; a bias becomes float32."""
-        bias = None if projection.bias is None else contiguous_float32(projection.bias)
+        bias = contiguous_float32(projection.bias)
         return self.of(projection.weight), self.of(projection.scale), self.of(bias)
 
     def scratch(self, *sizes: int) -> list[int]:

@@ -1,13 +1,13 @@
 """How `project.cu` is compiled and how its work is divided, for one product of a decoding step."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from statespan.ops.decode_step.launch import Launch
 from statespan.ops.decode_step.weights import Projection
+from statespan.ops.gpu import multiprocessors, shared_memory
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
 ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "swiglu": 0, "geglu": 2}
@@ -142,15 +142,15 @@ class Plan:
     def __init__(self, made: int, inputs: int, weight: Tensor, rows: int, pairs: bool, summed: int) -> None:
         span = 32 * 16 // weight.element_size()
         chunks = -(-inputs // span)
-        multiprocessors = torch.cuda.get_device_properties(weight.device).multi_processor_count
-        warps = BLOCKS * WARPS * multiprocessors  # that run at once
+        processors = multiprocessors(weight.device)
+        warps = BLOCKS * WARPS * processors  # that run at once
         together = 2 if rows > 1 or chunks < 5 else 1  # output rows; pairs of them where they come in pairs
         at_a_time = max(2, together) if pairs else together
         share = 1
         while share < WARPS and 2 * share <= chunks * summed and made * share * 2 <= warps:
             share *= 2
         blocks = -(-made * (2 if pairs else 1) * share // (at_a_time * WARPS))
-        turns = -(-blocks // (BLOCKS * multiprocessors))
+        turns = -(-blocks // (BLOCKS * processors))
         self.blocks = -(-blocks // turns)
         self.shared_bytes = 4 * max(rows, summed) * chunks * span + RING_BYTES
         self.macros: dict[str, str | int] = {
@@ -164,6 +164,5 @@ class Plan:
 def fits(projection: Projection, rows: int) -> bool:
     """Whether rows of x, or choices of experts, fit into shared memory."""
     inputs, size = projection.weight.shape[-1], projection.weight.element_size()
-    properties: Any = torch.cuda.get_device_properties(projection.weight.device)
-    room = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return 4 * rows * (inputs + 512 // size) <= room - RING_BYTES - OWN_BYTES
+    room = shared_memory(projection.weight.device) - RING_BYTES - OWN_BYTES
+    return 4 * rows * (inputs + 512 // size) <= room

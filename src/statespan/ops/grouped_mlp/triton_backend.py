@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from statespan.ops.activation import GATED
+from statespan.ops.gpu import multiprocessors, shared_memory
 from statespan.ops.grouped_mlp import triton_kernels as kernels
 from statespan.ops.grouped_mlp.experts import Experts
 from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, sort
-from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, shared_memory
+from statespan.ops.layout import contiguous
+from statespan.ops.triton_kernels import on, power_of_two
 
 FEW = 32  # choices up to here need no sorting: each program looks through all
 PRODUCT_SHARED = 200 << 10
@@ -130,8 +132,8 @@ def products(
     kernels.products[grid](
         x,
         weight,
-        None if bias is None else bias.contiguous(),
-        None if scale is None else scale.contiguous(),
+        contiguous(bias),
+        contiguous(scale),
         expert_index if places is None else None,
         None if places is None else places.order,
         None if places is None else places.ends,

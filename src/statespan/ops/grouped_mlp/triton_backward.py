@@ -10,6 +10,7 @@ from statespan.ops.grouped_mlp import triton_backward_kernels as kernels
 from statespan.ops.grouped_mlp.experts import Experts
 from statespan.ops.grouped_mlp.triton_backend import GROUP, product_tile, products
 from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, gather, sort
+from statespan.ops.layout import contiguous
 from statespan.ops.triton_kernels import on, power_of_two
 
 
@@ -72,7 +73,7 @@ def _through_activation(
         grad_hidden,
         kept,
         grad_rows,
-        None if down_bias is None else down_bias.contiguous(),
+        contiguous(down_bias),
         expert_index,
         expert_weight,
         places.order,

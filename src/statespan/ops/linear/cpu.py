@@ -37,8 +37,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None)
     outputs_per_item = rows_per_item(weight)
     num_items = (outputs + outputs_per_item - 1) // outputs_per_item
     x = contiguous_float32(x)
-    bias = None if bias is None else contiguous_float32(bias)
-    scale = None if scale is None else contiguous_float32(scale)
+    bias = contiguous_float32(bias)
+    scale = contiguous_float32(scale)
     _KERNELS[weight.dtype].launch(
         num_items,
         1 if weight.nbytes < ALONE_BYTES else num_workers(num_items),

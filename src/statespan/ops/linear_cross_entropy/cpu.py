@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from statespan.ops.layout import contiguous_float32
 from statespan.ops.numba_kernels import Kernel
 
 _kernel = Kernel(
@@ -22,7 +23,7 @@ def losses_and_gradients(
         rows,
         logits=logits,
         labels=labels.contiguous(),
-        scale=None if scale is None else scale.to(torch.float32).contiguous(),
+        scale=contiguous_float32(scale),
         sums=sums,
         differences=differences,
         vocab_size=valid_vocab_size,

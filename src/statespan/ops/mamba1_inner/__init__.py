@@ -78,7 +78,7 @@ def _fake_forward(xz: Tensor, conv_weight: Tensor, _: Any, x_proj: Tensor, *rest
     A_log, keep = rest[5], rest[-1]
     (batch, length, _), (channels, states), taps = xz.shape, A_log.shape, conv_weight.shape[1]
     u, B = xz.new_empty(batch, length, channels), xz.new_empty(batch, length, 1, states)
-    y, final_state, starts = fake_scan(u, u, A_log, B, B, None, u, keep, "auto")
+    y, final_state, starts = fake_scan(u, u, A_log, B, B, None, u, None, None, None, True, "mamba", keep, "auto")
     selected = xz.new_empty((batch, length, x_proj.shape[0]) if keep else (0,))
     return y, xz.new_empty(batch, taps - 1, channels), final_state, selected, starts
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from statespan.ops.gpu import multiprocessors, shared_memory
 from statespan.ops.rms_norm import triton_kernels as kernels
-from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, rows, shared_memory
+from statespan.ops.triton_kernels import on, power_of_two, rows
 from statespan.ops.tuning import Tunable
 
 

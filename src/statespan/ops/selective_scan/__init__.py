@@ -1,6 +1,5 @@
 """The selective scan of Mamba-1."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from statespan.ops.arguments import (
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.selective_scan import reference
+from statespan.ops.selective_scan.inputs import Inputs, Options
 
 __all__ = ["selective_scan"]
 
@@ -111,13 +111,16 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
-def _backend(backend: str, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> str:
-    gate = () if z is None else (z.dtype,)
-    too_large = ()
-    if B.shape[3] > MAX_CUDA_STATES:
-        too_large = (("cuda", f"its kernels hold up to {MAX_CUDA_STATES} states a channel, and B has {B.shape[3]}"),)
-    dtypes = (u.dtype, dt.dtype, B.dtype, C.dtype, *gate)
-    return resolve("selective_scan", backend, u.device, *dtypes, too_large=too_large)
+def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, Options, str]:
+    """The op's arguments, but for keep_starts, as tensors, options and the name of the backend to run."""
+    *tensors, dt_softplus, discretization, backend = arguments
+    inputs, too_large = Inputs(*tensors), ()
+    states = inputs.B.shape[3]
+    if states > MAX_CUDA_STATES:
+        too_large = (("cuda", f"its kernels hold up to {MAX_CUDA_STATES} states a channel, and B has {states}"),)
+    types = (x.dtype for x in (inputs.u, inputs.dt, inputs.B, inputs.C, inputs.z) if x is not None)
+    name = resolve("selective_scan", backend, inputs.u.device, *types, too_large=too_large)
+    return inputs, Options(dt_softplus, discretization), name
 
 
 def _module(name: str) -> Any:
@@ -137,69 +140,41 @@ def _module(name: str) -> Any:
     return None
 
 
-def _forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
-    keep_starts: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state, segments, dt_softplus, discretization)
-    compiled = _module(_backend(backend, u, dt, B, C, z))
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, keep_starts, backend = arguments
+    inputs, options, name = _split((*given, backend))
+    compiled = _module(name)
     if compiled is not None:
-        return compiled.selective_scan(*inputs, keep_starts)
-    return (*reference.selective_scan(*inputs), u.new_empty(0))
+        return compiled.selective_scan(inputs, options, keep_starts)
+    return (*reference.selective_scan(inputs, options), inputs.u.new_empty(0))
 
 
-def _backward(
-    grad_y: Tensor | None,
-    grad_final: Tensor | None,
-    starts: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
-    backend: str,
-) -> list[Tensor]:
+def _backward(grad_y: Tensor | None, grad_final: Tensor | None, starts: Tensor, *arguments: Any) -> list[Tensor]:
     """The gradients of the inputs that are there, in their order."""
-    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    inputs, options, name = _split(arguments)
+    u, compiled = inputs.u, _module(name)
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-    compiled = _module(_backend(backend, u, dt, B, C, z))
     if compiled is not None:
-        found = compiled.gradients(grad_y, grad_final, starts, *inputs[:-1], segments, dt_softplus, discretization)
+        found = compiled.gradients(grad_y, grad_final, starts, inputs, options)
     else:
-        dtype = torch.promote_types(u.dtype, torch.float32)
         if grad_final is None:
-            grad_final = u.new_zeros(u.shape[0], *A.shape, dtype=dtype)
-
-        options: Any = {"segments": segments, "dt_softplus": dt_softplus, "discretization": discretization}
-        found = gradients(partial(reference.selective_scan, **options), inputs, (grad_y, grad_final))
-    pairs = zip(inputs, found, strict=True)
+            dtype = torch.promote_types(u.dtype, torch.float32)
+            grad_final = u.new_zeros(u.shape[0], *inputs.A.shape, dtype=dtype)
+        found = gradients(
+            lambda *tensors: reference.selective_scan(Inputs(*tensors, segments=inputs.segments), options),
+            inputs.differentiable,
+            (grad_y, grad_final),
+        )
+    pairs = zip(inputs.differentiable, found, strict=True)
     return [gradient.to(value.dtype) for value, gradient in pairs if value is not None and gradient is not None]
 
 
-def _fake_forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, *rest: Any) -> Any:
-    keep_starts, backend = rest[-2:]
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, keep_starts, backend = arguments
+    inputs, _, name = _split((*given, backend))
+    u, A, compiled = inputs.u, inputs.A, _module(name)
     dtype = torch.promote_types(u.dtype, torch.float32)
     y, final_state = u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=dtype)
-    compiled = _module(_backend(backend, u, dt, B, C, z))
     if compiled is None:
         return y, final_state, u.new_empty(0)
     return y, final_state, u.new_empty(compiled.starts_shape(u, A, keep_starts), dtype=torch.float32)

@@ -11,6 +11,7 @@ from statespan.ops.layout import contiguous_float32, last_contiguous
 from statespan.ops.numba_kernels import Kernel, num_workers, scratch
 from statespan.ops.numba_kernels.host import vector_width
 from statespan.ops.segments import token_marks
+from statespan.ops.selective_scan.inputs import Inputs, Options
 
 CHUNK = 32  # steps; the backward keeps the state before each chunk and computes the others again
 TILE_STATES = 4  # states of a channel that the backward handles at a time
@@ -35,25 +36,11 @@ def starts_shape(u: Tensor, A: Tensor, keep_starts: bool) -> tuple[int, ...]:
     return (u.shape[0], -(-u.shape[1] // CHUNK) if keep_starts else 0, A.shape[1], A.shape[0])
 
 
-def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
-    keep_starts: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(inputs: Inputs, options: Options, keep_starts: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y [b t d], the final state [b d n], and the states before each chunk."""
-    inputs = _inputs(u, dt, A, B, C, D, z, dt_bias, segments, dt_softplus, discretization)
-    padded, block = inputs["padded"], inputs["block"]
-    items = u.shape[0] * inputs["groups"] * inputs["blocks"]
+    arguments, u, A, initial_state = _arguments(inputs, options), inputs.u, inputs.A, inputs.initial_state
+    padded, block = arguments["padded"], arguments["block"]
+    items = u.shape[0] * arguments["groups"] * arguments["blocks"]
     workers = num_workers(items)
     memory = scratch(workers, (3 * CHUNK + 2 * block * padded) * vector_width() + 2 * CHUNK * padded)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -62,7 +49,7 @@ def selective_scan(
     _forward(
         items,
         workers=workers,
-        **inputs,
+        **arguments,
         memory=memory,
         memory_row=memory.shape[1],
         initial=None if initial_state is None else initial_state.float().transpose(1, 2).contiguous(),
@@ -75,25 +62,12 @@ def selective_scan(
 
 
 def gradients(
-    grad_y: Tensor,
-    grad_final: Tensor | None,
-    starts: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
+    grad_y: Tensor, grad_final: Tensor | None, starts: Tensor, inputs: Inputs, options: Options
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing."""
-    inputs = _inputs(u, dt, A, B, C, D, z, dt_bias, segments, dt_softplus, discretization)
-    (batch, length, channels), states = u.shape, A.shape[1]
-    groups, padded, block, blocks = (inputs[name] for name in ("groups", "padded", "block", "blocks"))
+    arguments, u, dt, z = _arguments(inputs, options), inputs.u, inputs.dt, inputs.z
+    (batch, length, channels), states = u.shape, inputs.A.shape[1]
+    groups, padded, block, blocks = (arguments[name] for name in ("groups", "padded", "block", "blocks"))
     items = batch * groups * blocks
     workers = num_workers(items)
     vectors = 8 * CHUNK * block + (2 * CHUNK + 2) * TILE_STATES + 2 * CHUNK * (padded + 1) + (3 * padded + 2) * block
@@ -106,7 +80,7 @@ def gradients(
     _backward(
         items,
         workers=workers,
-        **inputs,
+        **arguments,
         memory=memory,
         memory_row=memory.shape[1],
         **_rows("g", last_contiguous(grad_y)),
@@ -128,20 +102,9 @@ def gradients(
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial
 
 
-def _inputs(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
-) -> dict[str, Any]:
+def _arguments(inputs: Inputs, options: Options) -> dict[str, Any]:
     """The kernels' arguments _INPUTS."""
+    u, A, B, segments = inputs.u, inputs.A, inputs.B, inputs.segments
     channels, groups, width = u.shape[2], B.shape[2], vector_width()
     vectors = -(-(channels // groups) // width)  # of a group
     # As many items as keep the threads evenly busy, and no more: wide ones read memory faster and have fewer sums.
@@ -149,13 +112,13 @@ def _inputs(
     block = max(1, min(block, vectors, MAX_BLOCK))
     return {
         **_rows("u", last_contiguous(u)),
-        **_rows("dt", last_contiguous(dt)),
-        **_rows("z", None if z is None else last_contiguous(z)),
+        **_rows("dt", last_contiguous(inputs.dt)),
+        **_rows("z", last_contiguous(inputs.z)),
         **_matrix("B", last_contiguous(B)),
-        **_matrix("C", last_contiguous(C)),
+        **_matrix("C", last_contiguous(inputs.C)),
         "A": (A.float() * (1 / math.log(2))).t().contiguous(),
-        "D": None if D is None else contiguous_float32(D),
-        "dt_bias": None if dt_bias is None else contiguous_float32(dt_bias),
+        "D": contiguous_float32(inputs.D),
+        "dt_bias": contiguous_float32(inputs.dt_bias),
         "marks": None if segments is None else token_marks(segments),
         "length": u.shape[1],
         "channels": channels,
@@ -164,8 +127,8 @@ def _inputs(
         "padded": -(-A.shape[1] // width) * width,
         "block": block,
         "blocks": -(-vectors // block),
-        "dt_softplus": dt_softplus,
-        "discretization": DISCRETIZATIONS[discretization],
+        "dt_softplus": options.dt_softplus,
+        "discretization": DISCRETIZATIONS[options.discretization],
     }
 
 

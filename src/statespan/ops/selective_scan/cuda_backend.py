@@ -12,6 +12,7 @@ from statespan.ops.cuda_kernels import address
 from statespan.ops.layout import contiguous_float32, last_contiguous
 from statespan.ops.segments import token_marks
 from statespan.ops.selective_scan.cuda_plan import EVERY, PIECE, Layout, Scan, scan_of
+from statespan.ops.selective_scan.inputs import Inputs, Options
 
 
 def starts_shape(u: Tensor, A: Tensor, keep_starts: bool) -> tuple[int, ...]:
@@ -19,58 +20,33 @@ def starts_shape(u: Tensor, A: Tensor, keep_starts: bool) -> tuple[int, ...]:
     return (u.shape[0], -(-u.shape[1] // EVERY) if keep_starts else 0, *A.shape)
 
 
-def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
-    keep_starts: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(inputs: Inputs, options: Options, keep_starts: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y [b t d], the final state [b d n], and the states before each chunk."""
-    inputs = Inputs(u, dt, A, B, C, D, z, dt_bias, segments)
-    scan = inputs.scan(dt_softplus, discretization)
+    arguments, u, A = Arguments(inputs, options), inputs.u, inputs.A
+    scan = scan_of(arguments.layout)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     final = torch.empty((scan.batch, *A.shape), dtype=torch.float32, device=u.device)
     starts = torch.empty(starts_shape(u, A, keep_starts), dtype=torch.float32, device=u.device)
     if final.numel() == 0:
         return y, final, starts
     launch, split = scan.forward(keep_starts)
-    given = _float32(initial_state)
+    given = contiguous_float32(inputs.initial_state)
     if split < scan.length:
-        given = _chain(scan, inputs, given, split, None)
+        given = _chain(scan, arguments, given, split, None)
     outputs = (address(given), address(y), address(final), address(starts))
-    launch(*inputs.arguments, *outputs, split, *scan.sizes)
+    launch(*arguments.all, *outputs, split, *scan.sizes)
     return y, final, starts
 
 
 def gradients(
-    grad_y: Tensor,
-    grad_final: Tensor | None,
-    starts: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
+    grad_y: Tensor, grad_final: Tensor | None, starts: Tensor, inputs: Inputs, options: Options
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing."""
+    u, dt, A, B, C = inputs.u, inputs.dt, inputs.A, inputs.B, inputs.C
+    D, z, dt_bias = inputs.D, inputs.z, inputs.dt_bias
     grad_y = _rows(grad_y if grad_y.dtype is u.dtype else grad_y.to(u.dtype))
-    inputs = Inputs(u, dt, A, B, C, D, z, dt_bias, segments, grad_y)
-    scan = inputs.scan(dt_softplus, discretization)
+    arguments = Arguments(inputs, options, grad_y)
+    scan = scan_of(arguments.layout)
     new = partial(torch.empty, dtype=torch.float32, device=u.device)
     grad_u, grad_dt = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, dt))
     grad_z = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
@@ -79,14 +55,14 @@ def gradients(
         others = (None if x is None else torch.zeros_like(x) for x in (A, B, C, D, z, dt_bias))
         return grad_u, grad_dt, *others, grad_initial
     work = scan.backward()
-    carries = _float32(grad_final)
+    carries = contiguous_float32(grad_final)
     if work.splits > 1:
-        carries = _chain(scan, inputs, carries, work.split, grad_y)
+        carries = _chain(scan, arguments, carries, work.split, grad_y)
     of_matrices = new((work.blocks, 2, *B.shape))
     of_A, of_channels = new((scan.batch, work.splits, *A.shape)), new((2, scan.batch, work.splits, scan.channels))
     of_D = address(of_channels)
     work.main(
-        *(*inputs.arguments, address(grad_y), *grad_y.stride()[:2], address(starts), address(carries)),
+        *(*arguments.all, address(grad_y), *grad_y.stride()[:2], address(starts), address(carries)),
         *(address(grad_u), address(grad_dt), address(grad_z), address(of_A), of_D, of_D + of_channels.nbytes // 2),
         *(address(grad_initial), address(of_matrices), work.split, work.tiles_a_block, *scan.sizes),
     )
@@ -100,26 +76,14 @@ def gradients(
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial
 
 
-class Inputs:
-    """The tensors of a call as the kernels take them, and the arguments that they all share."""
+class Arguments:
+    """The tensors of a call as the kernels take them: addresses and strides, and the layout that these make."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        segments: Tensor | None,
-        grad_y: Tensor | None = None,
-    ) -> None:
-        u, dt, B, C = _rows(u), _rows(dt), _rows(B), _rows(C)
-        z = None if z is None else _rows(z)
-        marks = None if segments is None else token_marks(segments)
-        A, D, dt_bias = contiguous_float32(A), _float32(D), _float32(dt_bias)
+    def __init__(self, inputs: Inputs, options: Options, grad_y: Tensor | None = None) -> None:
+        u, dt, B, C = _rows(inputs.u), _rows(inputs.dt), _rows(inputs.B), _rows(inputs.C)
+        z = None if inputs.z is None else _rows(inputs.z)
+        marks = None if inputs.segments is None else token_marks(inputs.segments)
+        A, D, dt_bias = (contiguous_float32(x) for x in (inputs.A, inputs.D, inputs.dt_bias))
         self._held = (u, dt, A, B, C, D, z, dt_bias, marks)  # as long as their addresses are in use
         rows = (u, dt, B, C) if z is None else (u, dt, B, C, z)
         at_u, at_dt, at_B, at_C, at_z = (*(x.data_ptr() for x in rows), 0)[:5]
@@ -128,7 +92,7 @@ class Inputs:
         self.of_u, self.of_z = (at_u, *of_u[:2]), (at_z, *of_z[:2])
         self.of_dt, self.of_B, self.of_C = (at_dt, *of_dt[:2]), (at_B, *of_B[:3]), (at_C, *of_C[:3])
         self.of_steps = (address(A), address(dt_bias), address(marks))
-        self.arguments = (
+        self.all = (
             *(*self.of_u, *self.of_dt, *self.of_z, *self.of_B, *self.of_C),
             *(address(A), address(D), address(dt_bias), address(marks)),
         )
@@ -137,14 +101,11 @@ class Inputs:
             strides = (*strides, grad_y.stride())
         types = (u.dtype, dt.dtype, None if z is None else z.dtype, B.dtype, C.dtype)
         size, matrix, based = tuple(u.shape), tuple(B.shape[2:]), addresses % 16 == 0
-        self._layout = (u.device, size, matrix, types, strides, based, marks is not None)
-
-    def scan(self, dt_softplus: bool, discretization: str) -> Scan:
-        """How these tensors' work is divided."""
-        return scan_of(Layout(*self._layout, dt_softplus, discretization))
+        tensors = (u.device, size, matrix, types, strides, based, marks is not None)
+        self.layout = Layout(*tensors, options.dt_softplus, options.discretization)
 
 
-def _chain(scan: Scan, inputs: Inputs, x: Tensor | None, split: int, grad_y: Tensor | None) -> Tensor:
+def _chain(scan: Scan, arguments: Arguments, x: Tensor | None, split: int, grad_y: Tensor | None) -> Tensor:
     """[b splits d n]: the state that each split begins with; given the gradient of y, what each gets from behind.
 
     x [b d n] is what the first split gets, or the last from behind; None for zeros.
@@ -153,11 +114,11 @@ def _chain(scan: Scan, inputs: Inputs, x: Tensor | None, split: int, grad_y: Ten
     size = (2, scan.batch, splits, scan.channels, scan.states)
     local = torch.empty(size, dtype=torch.float32, device=scan.device)
     at, decays = address(local), address(local) + local.nbytes // 2
-    walked = inputs.of_u if grad_y is None else (address(grad_y), *grad_y.stride()[:2])
-    matrix = inputs.of_C if reverse else inputs.of_B
+    walked = arguments.of_u if grad_y is None else (address(grad_y), *grad_y.stride()[:2])
+    matrix = arguments.of_C if reverse else arguments.of_B
     summary, chain = scan.chain(split, reverse)
     summary(
-        *(*walked, *inputs.of_dt, *inputs.of_z, *matrix, *inputs.of_steps, at, decays),
+        *(*walked, *arguments.of_dt, *arguments.of_z, *matrix, *arguments.of_steps, at, decays),
         *(int(reverse), split, splits, *scan.sizes),
     )
     chain(address(x), at, decays, splits, scan.channels * scan.states)
@@ -167,7 +128,3 @@ def _chain(scan: Scan, inputs: Inputs, x: Tensor | None, split: int, grad_y: Ten
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor in rows without gaps, and rows of a piece close enough for offsets of 32 bits."""
     return last_contiguous(tensor) if tensor.stride(1) < 2**31 // PIECE else tensor.contiguous()
-
-
-def _float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else contiguous_float32(tensor)

@@ -8,6 +8,7 @@ import torch
 
 from statespan.ops.arguments import DISCRETIZATIONS
 from statespan.ops.cuda_kernels import Kernel, Launch, scalar_type
+from statespan.ops.gpu import multiprocessors
 
 EVERY = 64  # tokens; the backward keeps the state before each EVERY-th token and computes the others again
 PIECE = 8  # tokens whose states the backward holds in registers
@@ -114,10 +115,10 @@ class Scan:
         Fewer states a thread make more threads of as many channels, at some cost; splits of the tokens make still
         more, and need their summaries first.
         """
-        multiprocessors = _multiprocessors(self.device)
+        processors = multiprocessors(self.device)
 
         def clocks(states: int) -> float:
-            blocks = -(-self.tiles(THREADS * states // self.padded) * self.batch // multiprocessors)
+            blocks = -(-self.tiles(THREADS * states // self.padded) * self.batch // processors)
             more, any_number = CLOCKS[states]
             return more * blocks + any_number
 
@@ -126,8 +127,8 @@ class Scan:
         if self.padded // 2 < 8:
             return states, whole
         blocks = self.tiles(THREADS * 8 // self.padded) * self.batch
-        splits = min(8 * multiprocessors // blocks, whole // (4 * EVERY))
-        if splits < 4 or CLOCKS_SPLIT * blocks / multiprocessors > clocks(states):
+        splits = min(8 * processors // blocks, whole // (4 * EVERY))
+        if splits < 4 or CLOCKS_SPLIT * blocks / processors > clocks(states):
             return states, whole
         return 8, -(-whole // splits // EVERY) * EVERY
 
@@ -151,10 +152,10 @@ class Scan:
             tiles_a_block = max(1, 64 // tile)  # narrow tiles take turns, so that `of_matrices` stays small
             blocks = -(-(self.tiles(tile) // self.groups) // tiles_a_block)
             number, chunks = blocks * self.groups * self.batch, -(-self.length // EVERY)
-            multiprocessors = _multiprocessors(self.device)
-            split, time = _backward_split(number, chunks, resident * multiprocessors)
+            processors = multiprocessors(self.device)
+            split, time = _backward_split(number, chunks, resident * processors)
             measured = self.plain and self.padded == 16 and not self.inputs["SEGMENTS"]
-            if measured and 1 < number / multiprocessors <= 2 and CHUNK_WITH_DECAYS * (chunks + CHUNK_START) < time:
+            if measured and 1 < number / processors <= 2 and CHUNK_WITH_DECAYS * (chunks + CHUNK_START) < time:
                 split, macros = EVERY * chunks, self.backward_shape(keeps_decays=True)[1]
             splits = -(-self.length // split)
             sums = 2 * self.batch * self.length * self.groups * self.states + self.channels * (self.states + 2)
@@ -198,8 +199,3 @@ def _backward_split(blocks: int, chunks: int, room: int) -> tuple[int, float]:
 
     best = min({-(-chunks // splits) for splits in range(1, 65)} | set(range(1, min(chunks, 8) + 1)), key=time)
     return EVERY * best, time(best)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

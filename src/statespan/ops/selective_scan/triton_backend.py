@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from statespan.ops.layout import contiguous_float32, last_contiguous
+from statespan.ops.gpu import multiprocessors
+from statespan.ops.layout import contiguous, contiguous_float32, last_contiguous
 from statespan.ops.segments import token_marks
 from statespan.ops.selective_scan import triton_kernels as kernels
-from statespan.ops.triton_kernels import multiprocessors, on, power_of_two
+from statespan.ops.selective_scan.inputs import Inputs, Options
+from statespan.ops.triton_kernels import on, power_of_two
 from statespan.ops.tuning import Tunable
 
 EVERY = 32  # tokens; the backward keeps the state before each EVERY-th token and computes the others again
@@ -34,41 +36,28 @@ def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if tensor is None else tensor.stride()[:count]
 
 
-def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
-    keep_starts: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(inputs: Inputs, options: Options, keep_starts: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y [b t d], the final state [b d n], and the states before each chunk."""
-    (batch, length, channels), (groups, states) = u.shape, B.shape[2:]
+    u, A, initial_state, segments = inputs.u, inputs.A, inputs.initial_state, inputs.segments
+    (batch, length, channels), (groups, states) = u.shape, inputs.B.shape[2:]
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     final_state = torch.empty(batch, *A.shape, dtype=torch.float32, device=u.device)
     starts = torch.empty(starts_shape(u, A, keep_starts), dtype=torch.float32, device=u.device)
     if final_state.numel() == 0:
         return y, final_state, starts
-    u, dt, B, C = (last_contiguous(value) for value in (u, dt, B, C))
-    z = None if z is None else last_contiguous(z)
+    u, dt, B, C = (last_contiguous(value) for value in (u, inputs.dt, inputs.B, inputs.C))
+    z = last_contiguous(inputs.z)
     tuned = FORWARD.best(u.device, states)
     tile, columns, warps = _tile(tuned["tile"], channels // groups, states)
     with on(u.device):
         kernels.forward[(batch * groups * -(-(channels // groups) // tile),)](
-            *(u, dt, contiguous_float32(A), B, C, _whole(D), z, _whole(dt_bias)),
-            None if initial_state is None else contiguous_float32(initial_state),
+            *(u, dt, contiguous_float32(A), B, C, contiguous(inputs.D), z, contiguous(inputs.dt_bias)),
+            contiguous_float32(initial_state),
             None if segments is None else token_marks(segments),
             *(y, final_state, starts, length, channels, states, channels // groups),
             *(*u.stride()[:2], *dt.stride()[:2], *B.stride()[:3], *C.stride()[:3], *_strides(z, 2)),
-            SOFTPLUS=dt_softplus,
-            DISCRETIZATION=discretization,
+            SOFTPLUS=options.dt_softplus,
+            DISCRETIZATION=options.discretization,
             EVERY=EVERY if keep_starts else 0,
             UNROLL=tuned["unroll"],
             CHANNELS=tile,
@@ -79,23 +68,12 @@ def selective_scan(
 
 
 def gradients(
-    grad_y: Tensor,
-    grad_final: Tensor | None,
-    starts: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    segments: Tensor | None,
-    dt_softplus: bool,
-    discretization: str,
+    grad_y: Tensor, grad_final: Tensor | None, starts: Tensor, inputs: Inputs, options: Options
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing."""
-    (batch, length, channels), (groups, states) = u.shape, B.shape[2:]
+    u, dt, A, B, C = inputs.u, inputs.dt, inputs.A, inputs.B, inputs.C
+    D, z, dt_bias = inputs.D, inputs.z, inputs.dt_bias
+    (batch, length, channels), (groups, states), segments = u.shape, B.shape[2:], inputs.segments
     new = partial(torch.empty, dtype=torch.float32, device=u.device)
     grad_u, grad_dt = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, dt))
     grad_z = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
@@ -104,7 +82,7 @@ def gradients(
         others = (None if x is None else torch.zeros_like(x) for x in (A, B, C, D, z, dt_bias))
         return grad_u, grad_dt, *others, grad_initial
     grad_y, u, dt, B, C = (last_contiguous(value) for value in (grad_y, u, dt, B, C))
-    z = None if z is None else last_contiguous(z)
+    z = last_contiguous(z)
     tuned = BACKWARD.best(u.device, states)
     tile, columns, warps = _tile(tuned["tile"], channels // groups, states)
     tiles, rows = -(-(channels // groups) // tile), batch * groups
@@ -114,15 +92,15 @@ def gradients(
     scratch = new(blocks * rows, EVERY, tile, columns)
     with on(u.device):
         kernels.backward[(blocks * rows,)](
-            *(grad_y, None if grad_final is None else contiguous_float32(grad_final), starts),
-            *(u, dt, contiguous_float32(A), B, C, _whole(D), z, _whole(dt_bias)),
+            *(grad_y, contiguous_float32(grad_final), starts),
+            *(u, dt, contiguous_float32(A), B, C, contiguous(D), z, contiguous(dt_bias)),
             None if segments is None else token_marks(segments),
             *(scratch, grad_u, grad_dt, grad_z, of_A, of_D, of_bias, grad_initial, of_B, of_C),
             *(length, blocks, channels, states, channels // groups),
             *(*grad_y.stride()[:2], *u.stride()[:2], *dt.stride()[:2], *B.stride()[:3], *C.stride()[:3]),
             *_strides(z, 2),
-            SOFTPLUS=dt_softplus,
-            DISCRETIZATION=discretization,
+            SOFTPLUS=options.dt_softplus,
+            DISCRETIZATION=options.discretization,
             EVERY=EVERY,
             CHANNELS=tile,
             STATES=columns,
@@ -132,19 +110,15 @@ def gradients(
     return grad_u, grad_dt, *sums, grad_z, of_bias.sum(0), grad_initial
 
 
-def _whole(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _trial(backward: bool) -> Callable[[torch.device, int], Callable[[], object]]:
     def trial(device: torch.device, states: int) -> Callable[[], object]:
         u, matrix = torch.randn(4, 1024, 2048, device=device), torch.randn(4, 1024, 1, states, device=device)
         A, D = -torch.rand(2048, states, device=device), torch.randn(2048, device=device)
-        inputs = (u, u, A, matrix, matrix, D, u, D)
-        *_, starts = selective_scan(*inputs, None, None, True, "mamba", True)
+        inputs, options = Inputs(u, u, A, matrix, matrix, D, u, D, None), Options(True, "mamba")
+        *_, starts = selective_scan(inputs, options, True)
         if backward:
-            return lambda: gradients(u, None, starts, *inputs, None, True, "mamba")
-        return lambda: selective_scan(*inputs, None, None, True, "mamba", True)
+            return lambda: gradients(u, None, starts, inputs, options)
+        return lambda: selective_scan(inputs, options, True)
 
     return trial
 

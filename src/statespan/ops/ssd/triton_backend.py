@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statespan.ops.layout import last_contiguous
+from statespan.ops.gpu import multiprocessors, shared_memory
+from statespan.ops.layout import contiguous, last_contiguous
 from statespan.ops.segments import token_marks
 from statespan.ops.ssd import triton_kernels as kernels
 from statespan.ops.ssd import triton_kernels_backward as backward_kernels
 from statespan.ops.ssd.inputs import Inputs, Options
-from statespan.ops.triton_kernels import multiprocessors, on, power_of_two, shared_memory
+from statespan.ops.triton_kernels import on, power_of_two
 
 MAX_STATES = 256
 STEP_HEADS = 16  # heads of a program of the kernels that look at dt
@@ -77,7 +78,7 @@ class Scan:
         self.groups, self.states = inputs.B.shape[2:]
         self.x, self.B, self.C, self.dt = (last_contiguous(v) for v in (inputs.x, inputs.B, inputs.C, inputs.dt))
         self.D, self.A = inputs.D, inputs.A.contiguous()
-        self.dt_bias = None if inputs.dt_bias is None else inputs.dt_bias.contiguous()
+        self.dt_bias = contiguous(inputs.dt_bias)
         self.marks = None if inputs.segments is None else token_marks(inputs.segments)
         self.sizes = sizes_for(self.x, self.states)
         self.chunk = max(16, min(self.sizes.chunk, power_of_two(options.chunk_size + 1) // 2))

@@ -55,9 +55,9 @@ def selective_state_update(
         last_contiguous(B),
         last_contiguous(C),
     )
-    D = None if D is None else contiguous_float32(D)
-    dt_bias = None if dt_bias is None else contiguous_float32(dt_bias)
-    z = None if z is None else last_contiguous(z)
+    D = contiguous_float32(D)
+    dt_bias = contiguous_float32(dt_bias)
+    z = last_contiguous(z)
     y, next_state = u.new_empty(u.shape), torch.empty_like(state)
     num_items = batch * ((channels + CHANNELS_PER_ITEM - 1) // CHANNELS_PER_ITEM)
     workers = 1 if state.numel() < ALONE else num_workers(num_items)
@@ -121,8 +121,8 @@ def ssd_state_update(
     )
     if x.stride(2) != 1 or x.stride(1) != head_dim:
         x = x.contiguous()
-    D = None if D is None else contiguous_float32(D)
-    dt_bias = None if dt_bias is None else contiguous_float32(dt_bias)
+    D = contiguous_float32(D)
+    dt_bias = contiguous_float32(dt_bias)
     y, next_state = x.new_empty(x.shape), torch.empty_like(state)
     workers = 1 if state.numel() < ALONE else num_workers(batch * heads)
     _ssd.launch(

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from statespan.ops.layout import last_contiguous
+from statespan.ops.gpu import multiprocessors
+from statespan.ops.layout import contiguous, last_contiguous
 from statespan.ops.state_update import triton_kernels as kernels
-from statespan.ops.triton_kernels import multiprocessors, on, power_of_two
+from statespan.ops.triton_kernels import on, power_of_two
 from statespan.ops.tuning import Tunable
 
 
@@ -42,7 +43,7 @@ def selective_state_update(
     if next_state.numel() == 0:
         return y, next_state
     u, dt, B, C = (last_contiguous(value) for value in (u, dt, B, C))
-    z = None if z is None else last_contiguous(z)
+    z = last_contiguous(z)
     tile, columns, warps = _tile(SELECTIVE, batch, channels, states, u.device)
     with on(u.device):
         kernels.selective[(batch * -(-channels // tile),)](
@@ -52,9 +53,9 @@ def selective_state_update(
             A.contiguous(),
             B,
             C,
-            None if D is None else D.contiguous(),
+            contiguous(D),
             z,
-            None if dt_bias is None else dt_bias.contiguous(),
+            contiguous(dt_bias),
             y,
             next_state,
             channels,
@@ -105,7 +106,7 @@ def ssd_state_update(
             B,
             C,
             D,
-            None if dt_bias is None else dt_bias.contiguous(),
+            contiguous(dt_bias),
             y,
             next_state,
             heads,

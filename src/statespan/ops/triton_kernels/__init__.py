@@ -14,8 +14,6 @@ Rules of the house:
   float32.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -42,21 +40,6 @@ class on:  # noqa: N801  # reads as a word
             self._current.__exit__(kind, error, trace)
         if error is not None and (told := refusal(error, self._device)):
             raise told from error
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs can run at once at the least."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
-    if device.type != "cuda":
-        return 64 << 10
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def rows(tensor: Tensor) -> Tensor:

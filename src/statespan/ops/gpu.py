@@ -1,0 +1,20 @@
+"""What the host asks of a GPU when it divides work; on the CPU, where Triton interprets, small answers."""
+
+from functools import cache
+
+import torch
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs can run at once at the least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 64 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
