@@ -1,9 +1,11 @@
 """Fixtures of the ops' tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 GPU_BACKENDS = ("cuda", "triton")
 
@@ -25,3 +27,24 @@ def nan_in_new_tensors() -> Iterator[None]:
     assert torch.empty(1000).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def values_and_gradients() -> Callable[..., Any]:
+    """(function, inputs by name, segments, option) -> function's outputs, and every input's gradient by name.
+
+    What is differentiated is a sum with random weights, the same in every call.
+    """
+
+    def run(
+        function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], segments: Tensor | None, option: Any
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+        outputs = function(segments, option, **leaves)
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device) for o in outputs]
+        total = sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True))
+        found = torch.autograd.grad(total, list(leaves.values()))  # type: ignore[arg-type]  # a tensor
+        return outputs, dict(zip(leaves, found, strict=True))
+
+    return run

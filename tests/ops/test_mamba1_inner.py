@@ -1,6 +1,7 @@
 """mamba1_inner against the ops that it is made of, in float64 through their references: values and every gradient."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -87,24 +88,12 @@ def at_once(segments: Tensor | None, discretization: str, **t: Tensor) -> tuple[
     )
 
 
-def values_and_gradients(
-    function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], segments: Tensor | None, kind: str
-) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-    outputs = function(segments, kind, **leaves)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device) for o in outputs]
-    total = sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True))
-    found = torch.autograd.grad(total, list(leaves.values()))  # type: ignore[arg-type]  # a tensor
-    return outputs, dict(zip(leaves, found, strict=True))
-
-
 @pytest.mark.parametrize("length", [1, 37])
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("discretization", ["mamba", "zoh"])
 def test_values_and_gradients_are_those_of_the_parts(
-    length: int, segmented: bool, norms: bool, discretization: str
+    values_and_gradients: Callable[..., Any], length: int, segmented: bool, norms: bool, discretization: str
 ) -> None:
     inputs = problem(length, states=segmented or norms, norms=norms, bias=not segmented)
     segments = torch.arange(length).div(5, rounding_mode="floor").expand(BATCH, -1).clone() if segmented else None
@@ -118,7 +107,9 @@ def test_values_and_gradients_are_those_of_the_parts(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_are_as_close_to_float64_as_the_parts(device: str, dtype: torch.dtype) -> None:
+def test_kernels_are_as_close_to_float64_as_the_parts(
+    values_and_gradients: Callable[..., Any], device: str, dtype: torch.dtype
+) -> None:
     exact = problem(70, states=True, norms=True)
     low = {"xz", "conv_weight", "conv_bias", "x_proj", "dt_proj", "initial_conv"}
     inputs = {name: value.to(device, dtype if name in low else torch.float32) for name, value in exact.items()}

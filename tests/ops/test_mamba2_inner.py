@@ -1,6 +1,7 @@
 """mamba2_inner against the ops that it is made of, in float64 through their references: values and every gradient."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -87,22 +88,12 @@ def at_once(segments: Tensor | None, before: bool, **t: Tensor) -> tuple[Tensor,
     )
 
 
-def values_and_gradients(
-    function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], segments: Tensor | None, before: bool
-) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-    outputs = function(segments, before, **leaves)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device) for o in outputs]
-    total = sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True))
-    found = torch.autograd.grad(total, list(leaves.values()))  # type: ignore[arg-type]  # a tensor
-    return outputs, dict(zip(leaves, found, strict=True))
-
-
 @pytest.mark.parametrize("length", [1, 37])
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("norm", "before"), [(False, False), (True, False), (True, True)])
-def test_values_and_gradients_are_those_of_the_parts(length: int, segmented: bool, norm: bool, before: bool) -> None:
+def test_values_and_gradients_are_those_of_the_parts(
+    values_and_gradients: Callable[..., Any], length: int, segmented: bool, norm: bool, before: bool
+) -> None:
     inputs = problem(length, states=segmented, norm=norm, bias=not segmented)
     segments = torch.arange(length).div(5, rounding_mode="floor").expand(BATCH, -1).clone() if segmented else None
     if segments is not None:
@@ -115,7 +106,9 @@ def test_values_and_gradients_are_those_of_the_parts(length: int, segmented: boo
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_are_close_to_float64(device: str, dtype: torch.dtype) -> None:
+def test_kernels_are_close_to_float64(
+    values_and_gradients: Callable[..., Any], device: str, dtype: torch.dtype
+) -> None:
     low = {"zxBCdt", "conv_weight", "conv_bias", "initial_conv"}
     inputs = {
         name: value.to(device, dtype if name in low else torch.float32)
