@@ -116,7 +116,7 @@ class Trainer:
                 continue
             share = torch.tensor(part.num_predicted / num_predicted)
             loss, aux_loss, router = self._gradients(*self._inputs(part), share.to(self.model.device))
-            nats, aux = torch.stack([loss.double(), aux_loss.double()]).tolist()  # the one wait for the device
+            nats, aux = torch.stack([loss, aux_loss.to(loss.dtype)]).tolist()  # the one wait for the device
             if not math.isfinite(nats + aux):
                 raise self._non_finite("the loss", [part])
             totals.nats += nats * part.num_predicted

@@ -17,7 +17,6 @@ from statespan.ops.ssd import triton_kernels_backward as backward_kernels
 from statespan.ops.ssd.inputs import Inputs, Options
 from statespan.ops.triton_kernels import on, power_of_two
 
-MAX_STATES = 256
 STEP_HEADS = 16  # heads of a program of the kernels that look at dt
 PART_N = 128  # states of a program of the kernels that can divide them
 CHAIN_BLOCK = 512  # values of the state of a program of `chain`
