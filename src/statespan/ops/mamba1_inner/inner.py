@@ -110,17 +110,16 @@ def _gradients(
     dt, B, C = inner.normed(selected)
     scan = inner.scan(u, F.linear(dt, inner.dt_proj), B, C)
     arguments: list[Any] = [grad_y, grad_state, starts, *scan, "auto"]
-    found = scan_backward(*arguments)
-    grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, *grad_initial = found
+    grad_xz = torch.empty_like(inner.xz, memory_format=torch.contiguous_format)
+    (x, _), (grad_x, grad_z) = inner.xz.chunk(2, dim=-1), grad_xz.chunk(2, dim=-1)
+    found = scan_backward(*arguments, into_z=grad_z)
+    grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, _, grad_bias, *grad_initial = found
     grad_rank, grad_dt_proj = _through_linear(grad_dt, dt, inner.dt_proj)
     grad_selected, grad_norms = _through_norms(inner, selected, grad_rank, grad_B.squeeze(2), grad_C.squeeze(2))
     rows, tokens = grad_selected.flatten(0, 1), u.flatten(0, 1)
     grad_u = grad_u.flatten(0, 1).addmm_(rows, inner.x_proj).view(u.shape)
     grad_x_proj = rows.T @ tokens
     grad_conv = torch.zeros_like(final_conv) if grad_conv is None else grad_conv
-    grad_xz = torch.empty_like(inner.xz, memory_format=torch.contiguous_format)
-    (x, _), (grad_x, of_z) = inner.xz.chunk(2, dim=-1), grad_xz.chunk(2, dim=-1)
-    of_z.copy_(grad_z)
     conv_inputs = (x, inner.conv_weight, inner.conv_bias, inner.initial_conv)
     of_conv = conv_backward(grad_u, grad_conv, *conv_inputs, inner.segments, True, "auto", grad_x)
     _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv

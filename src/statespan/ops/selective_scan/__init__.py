@@ -149,12 +149,16 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (*reference.selective_scan(inputs, options), inputs.u.new_empty(0))
 
 
-def _backward(grad_y: Tensor | None, grad_final: Tensor | None, starts: Tensor, *arguments: Any) -> list[Tensor]:
-    """The gradients of the inputs that are there, in their order."""
+def _backward(
+    grad_y: Tensor | None, grad_final: Tensor | None, starts: Tensor, *arguments: Any, into_z: Tensor | None = None
+) -> list[Tensor]:
+    """The gradients of the inputs that are there, in their order; that of z is in `into_z`, where it is given."""
     inputs, options, name = _split(arguments)
     u, compiled = inputs.u, _module(name)
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-    if compiled is not None:
+    if name == "cuda":
+        found = compiled.gradients(grad_y, grad_final, starts, inputs, options, into_z)
+    elif compiled is not None:
         found = compiled.gradients(grad_y, grad_final, starts, inputs, options)
     else:
         if grad_final is None:
@@ -165,6 +169,9 @@ def _backward(grad_y: Tensor | None, grad_final: Tensor | None, starts: Tensor, 
             inputs.differentiable,
             (grad_y, grad_final),
         )
+    grad_z = found[6]
+    if into_z is not None and grad_z is not None and grad_z is not into_z:
+        found = *found[:6], into_z.copy_(grad_z), *found[7:]
     pairs = zip(inputs.differentiable, found, strict=True)
     return [gradient.to(value.dtype) for value, gradient in pairs if value is not None and gradient is not None]
 

@@ -90,9 +90,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
     i64 C_g, const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
     const signed char* __restrict__ marks, const U* __restrict__ grad_y, i64 g_b, i64 g_t,
     const float* __restrict__ starts, const float* __restrict__ carries, U* __restrict__ grad_u, DT* __restrict__ grad_dt,
-    Z* __restrict__ grad_z, float* __restrict__ grad_A, float* __restrict__ grad_D, float* __restrict__ grad_bias,
-    float* __restrict__ grad_initial, float* partial, i64 split_, i64 tiles_a_block, i64 length_, i64 channels,
-    i64 groups) {
+    Z* __restrict__ grad_z, i64 grad_z_b, i64 grad_z_t, float* __restrict__ grad_A, float* __restrict__ grad_D,
+    float* __restrict__ grad_bias, float* __restrict__ grad_initial, float* partial, i64 split_, i64 tiles_a_block,
+    i64 length_, i64 channels, i64 groups) {
     extern __shared__ float4 dynamic[];
     States* kept = reinterpret_cast<States*>(dynamic);                            // the state before each piece
     float* of_matrices = reinterpret_cast<float*>(kept + PIECES * KC * THREADS);  // sums of each warp
@@ -407,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
                     if (HAS_Z) {
                         Vector<Z, WIDTH> out_z;
                         out_z.set(values_z);
-                        store<ALIGNED>(grad_z + place_out, out_z, count);
+                        store<ALIGNED>(grad_z + (batch * grad_z_b + t * grad_z_t + first + my_channel), out_z, count);
                     }
                 }
 #pragma unroll

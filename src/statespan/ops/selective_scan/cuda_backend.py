@@ -3,6 +3,7 @@
 docs/kernels.md has the design and what was measured; `cuda_plan.py` divides the work.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -39,21 +40,32 @@ def selective_scan(inputs: Inputs, options: Options, keep_starts: bool) -> tuple
 
 
 def gradients(
-    grad_y: Tensor, grad_final: Tensor | None, starts: Tensor, inputs: Inputs, options: Options
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    starts: Tensor,
+    inputs: Inputs,
+    options: Options,
+    into_z: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing."""
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing.
+
+    That of z is written to `into_z`, where it is given; its rows may be strided.
+    """
     u, dt, A, B, C = inputs.u, inputs.dt, inputs.A, inputs.B, inputs.C
     D, z, dt_bias = inputs.D, inputs.z, inputs.dt_bias
     grad_y = _rows(grad_y if grad_y.dtype is u.dtype else grad_y.to(u.dtype))
-    arguments = Arguments(inputs, options, grad_y)
+    grad_z = into_z
+    if z is not None and into_z is None:
+        grad_z = torch.empty(u.shape, dtype=z.dtype, device=u.device)
+    arguments = Arguments(inputs, options, [grad_y] if grad_z is None else [grad_y, grad_z])
     scan = scan_of(arguments.layout)
     new = partial(torch.empty, dtype=torch.float32, device=u.device)
     grad_u, grad_dt = (torch.empty(u.shape, dtype=x.dtype, device=u.device) for x in (u, dt))
-    grad_z = None if z is None else torch.empty(u.shape, dtype=z.dtype, device=u.device)
+    of_z = (0, 0, 0) if grad_z is None else (address(grad_z), *grad_z.stride()[:2])
     grad_initial = new((scan.batch, *A.shape))
     if starts.numel() == 0:
-        others = (None if x is None else torch.zeros_like(x) for x in (A, B, C, D, z, dt_bias))
-        return grad_u, grad_dt, *others, grad_initial
+        of_A, *others = (None if x is None else torch.zeros_like(x) for x in (A, B, C, D, dt_bias))
+        return grad_u, grad_dt, of_A, *others[:3], None if grad_z is None else grad_z.zero_(), others[3], grad_initial
     work = scan.backward()
     carries = contiguous_float32(grad_final)
     if work.splits > 1:
@@ -63,7 +75,7 @@ def gradients(
     of_D = address(of_channels)
     work.main(
         *(*arguments.all, address(grad_y), *grad_y.stride()[:2], address(starts), address(carries)),
-        *(address(grad_u), address(grad_dt), address(grad_z), address(of_A), of_D, of_D + of_channels.nbytes // 2),
+        *(address(grad_u), address(grad_dt), *of_z, address(of_A), of_D, of_D + of_channels.nbytes // 2),
         *(address(grad_initial), address(of_matrices), work.split, work.tiles_a_block, *scan.sizes),
     )
     grad_B, grad_C = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
@@ -79,7 +91,7 @@ def gradients(
 class Arguments:
     """The tensors of a call as the kernels take them: addresses and strides, and the layout that these make."""
 
-    def __init__(self, inputs: Inputs, options: Options, grad_y: Tensor | None = None) -> None:
+    def __init__(self, inputs: Inputs, options: Options, gradients: Sequence[Tensor] = ()) -> None:
         u, dt, B, C = _rows(inputs.u), _rows(inputs.dt), _rows(inputs.B), _rows(inputs.C)
         z = None if inputs.z is None else _rows(inputs.z)
         marks = None if inputs.segments is None else token_marks(inputs.segments)
@@ -96,9 +108,10 @@ class Arguments:
             *(*self.of_u, *self.of_dt, *self.of_z, *self.of_B, *self.of_C),
             *(address(A), address(D), address(dt_bias), address(marks)),
         )
-        addresses = at_u | at_dt | at_B | at_C | at_z | address(grad_y)
-        if grad_y is not None:
-            strides = (*strides, grad_y.stride())
+        addresses = at_u | at_dt | at_B | at_C | at_z
+        for gradient in gradients:
+            addresses |= gradient.data_ptr()
+        strides = (*strides, *(gradient.stride() for gradient in gradients))
         types = (u.dtype, dt.dtype, None if z is None else z.dtype, B.dtype, C.dtype)
         size, matrix, based = tuple(u.shape), tuple(B.shape[2:]), addresses % 16 == 0
         tensors = (u.device, size, matrix, types, strides, based, marks is not None)

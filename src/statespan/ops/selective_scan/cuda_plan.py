@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     size: tuple[int, ...]  # batch, length, channels
     matrix: tuple[int, ...]  # groups, states
     types: tuple[torch.dtype | None, ...]  # of u, dt, z, B, C; None: no z
-    strides: tuple[tuple[int, ...], ...]  # of u, dt, B, C, and of z and the gradient of y where there are any
+    strides: tuple[tuple[int, ...], ...]  # of u, dt, B, C, and of z and the gradients of y and z where there are any
     based: bool  # whether they all begin at multiples of 16 bytes
     segments: bool
     dt_softplus: bool = True
@@ -69,7 +69,7 @@ class Scan:
         assert u and dt and B and C
         aligned = layout.based and self.channels // self.groups % 8 == 0 and self.states % 8 == 0
         kinds = [x for x in (u, dt, B, C, z) if x is not None]
-        for strides, dtype in zip(layout.strides, (*kinds, u), strict=False):
+        for strides, dtype in zip(layout.strides, (*kinds, u, z or u), strict=False):
             outer = zip(strides[:-1], (self.batch, self.length, self.groups), strict=False)
             aligned &= all(stride * dtype.itemsize % 16 == 0 for stride, count in outer if count > 1)
         self.wide = max(x.itemsize for x in (u, dt, B, C)) == 4
