@@ -1,6 +1,6 @@
 """Whole models on one GPU: training steps with their peak memory, and prefill.
 
-    python -m benchmarks.gpu_models [train prefill] [--only mamba-130m] [--profile]
+    python -m benchmarks.gpu_models [train prefill] [--only mamba-130m mamba-370m] [--profile]
 
 Random weights and tokens. Training is forward and backward under bfloat16 autocast with float32 parameters, as it comes
 and as a CUDA graph (`run.cuda_graph=true`), and whole steps with the fused AdamW. The goals stand beside what mamba-ssm
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 import statespan
+from benchmarks.gpu_decode import built
 from benchmarks.record import Row, report
+from statespan.models.presets import preset
 from statespan.training.captured import Captured
 
 PACKAGES = ["statespan", "torch", "triton", "cuda-core"]
@@ -33,10 +35,12 @@ class Case:
     peer: float  # tokens a second
     goal: float
     peer_gib: float = 0.0
+    layers: int | None = None  # only the first of them
 
     @property
     def name(self) -> str:
-        return f"{self.preset}, {self.batch} x {self.length}"
+        layers = f" of {self.layers} layers" if self.layers else ""
+        return f"{self.preset}{layers}, {self.batch} x {self.length}"
 
 
 TRAINING = (
@@ -52,6 +56,7 @@ PREFILL = (
     Case("mamba-1.4b", 1, 2048, 53_132, 110_000),
     Case("mamba-1.4b", 8, 2048, 128_035, 190_000),
     Case("mamba-2.8b", 1, 131_072, 64_099, 95_000),
+    Case("jamba-v0.1", 1, 16384, 68_933, 1.3 * 68_933, layers=8),  # the peer is transformers
 )
 
 
@@ -81,7 +86,7 @@ def profile(run: Callable[[], object]) -> None:
         print(f"{row.device_time_total / 1e3:9.2f} ms {row.count:6d} x  {row.key[:110]}")
 
 
-def training_rows(case: Case, with_profile: bool, repetitions: int = 5) -> Iterator[Row]:
+def training_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[Row]:
     """Tokens a second and peak memory: forward + backward, the same as a CUDA graph, and whole steps of AdamW."""
     model = statespan.build(case.preset, seed=0, device="cuda", draw_on_device=True)
     ids = torch.randint(0, 50_000, (case.batch, case.length), device="cuda")
@@ -121,9 +126,10 @@ def training_rows(case: Case, with_profile: bool, repetitions: int = 5) -> Itera
     yield Row(task, "AdamW step, CUDA graph", torch.cuda.max_memory_allocated() / GIB, "GiB", 0)
 
 
-def prefill_rows(case: Case, with_profile: bool, repetitions: int = 5) -> Iterator[Row]:
+def prefill_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[Row]:
     """Tokens a second of one prompt a row: the last token's logits and the state."""
-    model = statespan.build(case.preset, seed=0, device="cuda", dtype=torch.bfloat16, draw_on_device=True).eval()
+    config = preset(case.preset)
+    model = built(config.replace(layers=config.layers[: case.layers]))
     ids = torch.randint(0, 50_000, (case.batch, case.length), device="cuda")
 
     @torch.inference_mode()
@@ -132,7 +138,7 @@ def prefill_rows(case: Case, with_profile: bool, repetitions: int = 5) -> Iterat
 
     torch.cuda.reset_peak_memory_stats()
     seconds, spread = seconds_of(run, repetitions)
-    goal = f"goal {case.goal:,.0f}, mamba-ssm {case.peer:,.0f}"
+    goal = f"goal {case.goal:,.0f}, {'transformers' if case.layers else 'mamba-ssm'} {case.peer:,.0f}"
     yield Row(f"{case.name}, prefill", "statespan bfloat16", ids.numel() / seconds, "tok/s", spread, goal)
     peak = torch.cuda.max_memory_allocated() / GIB
     yield Row(f"{case.name}, prefill", "statespan bfloat16", peak, "GiB", 0)
@@ -150,7 +156,8 @@ def main() -> None:
     """Measure what is asked for and record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["train", "prefill"])
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these")
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print each case's kernels by time")
     options = parser.parse_args()
     parts = {"train": (TRAINING, training_rows), "prefill": (PREFILL, prefill_rows)}
@@ -158,8 +165,8 @@ def main() -> None:
         cases, rows_of = parts[part]
         rows: list[Row] = []
         for case in cases:
-            if options.only in case.name:
-                rows += rows_of(case, options.profile)
+            if any(part in case.name for part in options.only):
+                rows += rows_of(case, options.profile, options.repetitions)
                 torch.cuda.empty_cache()
         report(f"gpu_{part}", rows, PACKAGES)
 

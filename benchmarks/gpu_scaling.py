@@ -3,22 +3,25 @@
     python -m benchmarks.gpu_scaling [layers model scan] [--width 1024] [--longest 1048576]
     python -m benchmarks.gpu_scaling plot          # the newest layer rows as a picture, needs no GPU
 
-Forward and backward of one layer in bfloat16, batch 1, random inputs; slopes are of log time against log length over
-the longest three doublings. The model is Mamba-130m in bfloat16 with its blocks recomputed in the backward. `scan` is
-the setting of the Mamba paper's figure 8: batch 1, width 1,024, N = 16, the fused scan beside one in plain PyTorch.
+Forward and backward of one layer in bfloat16, batch 1, random inputs, timed as CUDA graphs (the kernels and the gaps
+between them); slopes are of log time against log length over the longest three doublings. The model is Mamba-130m in
+bfloat16 with its blocks recomputed in the backward. `scan` is the setting of the Mamba paper's figure 8: batch 1, width
+1,024, N = 16, the fused scan beside one in plain PyTorch.
 """
 
 import argparse
 import csv
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import statespan
-from benchmarks.gpu_models import GIB, PACKAGES, seconds_of
+from benchmarks.gpu_models import GIB, PACKAGES
+from benchmarks.gpu_ops import event_milliseconds, graph_milliseconds
 from benchmarks.record import RESULTS, Row, report
 from statespan.layers.attention import Attention
 from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config
@@ -47,13 +50,15 @@ def lengths(longest: int) -> list[int]:
     return [SHORTEST << i for i in range(int(math.log2(longest / SHORTEST)) + 1)]
 
 
-def cost(run: Callable[[], object]) -> tuple[float, float, float]:
-    """Median seconds, spread, and peak memory in GiB beyond what was there."""
+def peak_gib(run: Callable[[], object]) -> float:
+    """Peak memory of a run beyond what was there."""
+    run()
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    seconds, spread = seconds_of(run, 3)
-    return seconds, spread, (torch.cuda.max_memory_allocated() - before) / GIB
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
 def slope(points: list[tuple[int, float]]) -> float:
@@ -62,27 +67,51 @@ def slope(points: list[tuple[int, float]]) -> float:
     return math.log(high / low) / math.log(long / short)
 
 
+def crossover(points: list[tuple[int, float]], others: list[tuple[int, float]]) -> float | None:
+    """The length from which on `points` are below `others`, by interpolation of logarithms."""
+    gaps = [(length, math.log(mine / theirs)) for (length, mine), (_, theirs) in zip(points, others, strict=False)]
+    for (short, above), (long, below) in pairwise(gaps):
+        if above > 0 >= below:
+            return short * (long / short) ** (above / (above - below))
+    return None
+
+
+def layer_points(name: str, layer: nn.Module, width: int, longest: int) -> Iterator[tuple[int, float, float, float]]:
+    """Length, milliseconds of forward + backward with their spread, and GiB; until memory is full."""
+    layer = layer.cuda().to(torch.bfloat16)
+    for length in lengths(min(longest, ATTENTION_LONGEST) if name == "attention" else longest):
+        hidden = torch.randn(1, length, width, device="cuda").to(torch.bfloat16).requires_grad_()
+        wanted = [hidden, *layer.parameters()]
+
+        def run(hidden: Tensor = hidden, wanted: list[Tensor] = wanted) -> None:
+            torch.autograd.grad(layer(hidden)[0], wanted, hidden.detach())
+
+        try:
+            gib = peak_gib(run)
+            torch.cuda.empty_cache()
+            milliseconds, spread = graph_milliseconds(run, calls=1, repetitions=3)
+        except torch.OutOfMemoryError:
+            return
+        yield length, milliseconds, spread, gib
+
+
 def layer_rows(width: int, longest: int) -> Iterator[Row]:
-    """Time and memory of forward + backward at each length, and their slopes."""
+    """Time and memory of forward + backward at each length, their slopes, and where attention is overtaken."""
+    times: dict[str, list[tuple[int, float]]] = {}
     for name, layer in layers_of(width).items():
-        layer = layer.cuda().to(torch.bfloat16)
-        times: list[tuple[int, float]] = []
         memory: list[tuple[int, float]] = []
-        for length in lengths(min(longest, ATTENTION_LONGEST) if name == "attention" else longest):
-            hidden = torch.randn(1, length, width, device="cuda").to(torch.bfloat16).requires_grad_()
-
-            def run(layer: nn.Module = layer, hidden: Tensor = hidden) -> None:
-                layer(hidden)[0].backward(hidden.detach())
-                layer.zero_grad(set_to_none=True)
-                hidden.grad = None
-
-            seconds, spread, gib = cost(run)
-            times.append((length, seconds))
+        times[name] = []
+        for length, milliseconds, spread, gib in layer_points(name, layer, width, longest):
+            times[name].append((length, milliseconds))
             memory.append((length, gib))
-            yield Row(f"layer, width {width}, {length} tokens", name, 1e3 * seconds, "ms", spread)
+            yield Row(f"layer, width {width}, {length} tokens", name, milliseconds, "ms", spread)
             yield Row(f"layer, width {width}, {length} tokens", name, gib, "GiB", 0)
-        yield Row(f"layer, width {width}, slope of time", name, slope(times), "", 0)
+        yield Row(f"layer, width {width}, slope of time", name, slope(times[name]), "", 0)
         yield Row(f"layer, width {width}, slope of memory", name, slope(memory), "", 0)
+    for name in ("Mamba-1", "Mamba-2"):
+        at = crossover(times[name], times["attention"])
+        if at is not None:
+            yield Row(f"layer, width {width}, faster than attention from", name, at, "tokens", 0)
 
 
 def model_rows(longest: int) -> Iterator[Row]:
@@ -98,9 +127,11 @@ def model_rows(longest: int) -> Iterator[Row]:
             loss.backward()
         model.zero_grad(set_to_none=True)
 
-    seconds, spread, gib = cost(run)
+    gib = peak_gib(run)
+    milliseconds, spread = event_milliseconds(run, 2)
     task = f"mamba-130m, forward + backward of {longest:,} tokens"
-    yield Row(task, "statespan bfloat16, blocks recomputed", seconds, "s", spread)
+    rate = f"{1e3 * longest / milliseconds:,.0f} tok/s"
+    yield Row(task, "statespan bfloat16, blocks recomputed", milliseconds / 1e3, "s", spread, rate)
     yield Row(task, "statespan bfloat16, blocks recomputed", gib, "GiB", 0)
 
 
@@ -124,11 +155,11 @@ def scan_rows(width: int, longest: int) -> Iterator[Row]:
         dt = dt.exp() * 0.01
         B, C = (torch.randn(length, 16, device="cuda") for _ in range(2))
         batch = (u[None], dt[None], A, B[None, :, None], C[None, :, None])
-        fused, spread, _ = cost(lambda batch=batch: selective_scan(*batch, dt_softplus=False))
+        fused, spread = graph_milliseconds(lambda batch=batch: selective_scan(*batch, dt_softplus=False), calls=4)
         task = f"scan, forward, width {width}, N 16, {length} tokens"
-        yield Row(task, "statespan", 1e3 * fused, "ms", spread)
-        plain, spread, _ = cost(lambda parts=(u, dt, A, B, C): plain_scan(*parts))
-        yield Row(task, "plain PyTorch", 1e3 * plain, "ms", spread, f"{plain / fused:.1f} times statespan's")
+        yield Row(task, "statespan", fused, "ms", spread)
+        plain, spread = event_milliseconds(lambda parts=(u, dt, A, B, C): plain_scan(*parts), 3)
+        yield Row(task, "plain PyTorch", plain, "ms", spread, f"{plain / fused:.1f} times statespan's")
 
 
 def plot(width: int) -> None:
@@ -173,6 +204,7 @@ def main() -> None:
             plot(options.width)
         else:
             report("gpu_scaling", list(parts[part]()), PACKAGES)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

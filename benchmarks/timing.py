@@ -15,7 +15,11 @@ class Timing:
 
 
 def time_in_turns(
-    candidates: Mapping[str, Callable[[], object]], *, repetitions: int = 5, seconds_each: float = 20.0
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repetitions: int = 5,
+    seconds_each: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Run each candidate once to warm up, then in turns; one that has used up `seconds_each` drops out."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -25,7 +29,7 @@ def time_in_turns(
         for name, run in candidates.items():
             if sum(seconds[name]) > seconds_each:
                 continue
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: Timing(statistics.median(s), (max(s) - min(s)) / statistics.median(s)) for name, s in seconds.items()}

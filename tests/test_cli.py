@@ -72,7 +72,7 @@ def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture
     for words in ([], ["--help"], ["-h"]):
         out = works(capsys, *words)
         listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and "statespan" not in line]
-        assert listed == ["demo", "train", "generate", "convert", "inspect", "tune", "backends"]
+        assert listed == list(COMMANDS)
     assert works(capsys, "--version") == f"statespan {statespan.__version__}\n"
 
 
@@ -90,7 +90,7 @@ def test_help_ends_in_an_example_that_names_the_command(name: str, capsys: pytes
     ("words", "message"),
     [
         (["trian"], "unknown command: 'trian'; did you mean 'train'?"),
-        (["serve"], "unknown command: 'serve'"),
+        (["server"], "unknown command: 'server'; did you mean 'serve'?"),
         (["--verison"], "unknown option of statespan: '--verison'; did you mean '--version'?"),
         (["inspect", "jamba-tiny", "--contxt", "4K"], "unknown option of statespan inspect: '--contxt'; did you mean"),
         (["inspect", "--cont", "4K"], "did you mean '--context'?"),  # no abbreviations
@@ -197,7 +197,7 @@ def test_generate_refuses_stdin_that_is_not_utf8(checkpoint: Path) -> None:
     words = [*PROGRAM, "generate", str(checkpoint), "-"]
     run = subprocess.run(words, input=b"ab\xff", capture_output=True, check=False)
     assert run.returncode == 2
-    assert run.stderr.decode() == "statespan: stdin: not UTF-8 at byte 2; give the prompt as UTF-8 text\n"
+    assert run.stderr.decode() == "statespan: stdin: not UTF-8 at byte 2; give UTF-8 text\n"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,26 @@ def test_generate_refuses_bad_options(
     words: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in fails(capsys, "generate", str(checkpoint), "x", *words)
+
+
+def test_generate_speculates_and_says_the_same(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("generate", str(checkpoint), "abcabcabc", "--max-new-tokens", "20", "--temperature", "0")
+    plain = works(capsys, *words)
+    assert works(capsys, *words, "--lookup") == plain
+    assert works(capsys, *words, "--draft-model", str(checkpoint), "--num-drafts", "3") == plain
+    assert "two drafters" in fails(capsys, *words, "--lookup", "--draft-model", str(checkpoint))
+    assert "goes with --lookup" in fails(capsys, *words, "--num-drafts", "3")
+
+
+def test_generate_and_inspect_quantised(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("generate", str(checkpoint), "a", "--max-new-tokens", "8", "--temperature", "0")
+    model = statespan.load(checkpoint, quantize="experts_int8")
+    text = statespan.generate(model, "a", max_new_tokens=8, temperature=0).text
+    assert works(capsys, *words, "--quantize", "experts_int8") == text + "\n"
+    assert "96.06 GiB in bfloat16, 54.1 GiB as experts_int8" in works(
+        capsys, "inspect", "jamba-v0.1", "--quantize", "experts_int8"
+    )
+    assert "needs MODEL" in fails(capsys, "inspect", "--quantize", "int8")
 
 
 def test_generate_says_that_a_preset_has_no_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,10 +34,11 @@ found["seconds"] = time.process_time() - start
 found["loaded"] = [n for n in {HEAVY} if n in sys.modules and n not in before]
 found["cuda"] = torch.cuda.is_initialized()
 """
-    found = in_fresh_interpreter(code)
-    assert found["loaded"] == []
-    assert found["cuda"] is False
-    assert float(str(found["seconds"])) < 0.2  # of the processor, so that a busy machine does not count
+    runs = [in_fresh_interpreter(code) for _ in range(3)]
+    assert runs[0]["loaded"] == []
+    assert runs[0]["cuda"] is False
+    # Of the processor, and the quickest of three, so that a busy machine does not count.
+    assert min(float(str(found["seconds"])) for found in runs) < 0.2
 
 
 def test_command_line_help_needs_no_torch() -> None:

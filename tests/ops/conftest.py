@@ -18,6 +18,8 @@ def _device_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_default_device("cuda" if on_gpu else None)
     yield
     torch.set_default_device(None)
+    if on_gpu:
+        torch.cuda.empty_cache()  # other processes' tests want the memory too
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statespan.errors import BackendUnavailable, UserError
-from statespan.ops import decode_attention
+from statespan.ops import decode_attention, paged_decode_attention
 
 GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 BACKENDS = [*GPU, "torch", "reference"]
@@ -195,4 +195,99 @@ def test_compiles_without_a_graph_break() -> None:
 def test_mistakes_are_one_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         decode_attention(**problem() | change)
+    assert "\n" not in str(caught.value)
+
+
+def paged(lengths: list[int], page_size: int, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float32):
+    """Arguments in which all that no row sees is NaN, and for each row its query, keys and values in order."""
+    most = -(-max(*lengths, 1) // page_size) + 1
+    pages = torch.full((len(lengths) * most + 1, page_size, 2 * kv_heads, 16), math.nan, dtype=dtype)
+    table = torch.randperm(len(pages) - 1)[: len(lengths) * most].view(len(lengths), most).int() + 1
+    query = torch.randn(len(lengths), heads, 16, dtype=dtype)
+    for row, used in enumerate(lengths):
+        slot = torch.arange(used)
+        pages[table[row][slot // page_size].long(), slot % page_size] = torch.randn(used, 2 * kv_heads, 16, dtype=dtype)
+    key, value = pages.chunk(2, dim=2)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "table": table,
+        "length": torch.tensor(lengths, dtype=torch.int32),
+    }
+
+
+def in_one_piece(p: dict[str, Any], row: int) -> dict[str, Any]:
+    """The row's arguments for decode_attention."""
+    used, window = int(p["length"][row]), p.get("sliding_window") or 1 << 30
+    slot = torch.arange(max(0, used - window), used)
+    page, within = p["table"][row].long()[slot // p["key"].shape[1]], slot % p["key"].shape[1]
+    return {
+        "query": p["query"][row : row + 1],
+        "key": p["key"][page, within][None],
+        "value": p["value"][page, within][None],
+        "position": torch.zeros(1, len(slot), dtype=torch.int32),
+        "scale": p.get("scale"),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 1, 13, 500])
+@pytest.mark.parametrize("page_size", [1, 16, 24, 64])
+def test_pages(page_size: int, window: int | None, backend: str) -> None:
+    p = paged([70, 0, 1, 64, 133], page_size) | {"sliding_window": window, "scale": 0.4}
+    y = paged_decode_attention(**p, backend=backend)
+    for row in range(len(y)):
+        exact = truth(in_one_piece(p, row))[0]
+        assert (y[row] - exact).abs().max() <= 3e-6 * exact.abs().max().clamp(min=1e-3)
+    assert y[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_pages_in_half_precision(dtype: torch.dtype, backend: str) -> None:
+    p = paged([1000, 257], 32, 8, 2, dtype)
+    y = paged_decode_attention(**p, backend=backend)
+    assert y.dtype == dtype
+    for row in range(2):
+        exact = truth(in_one_piece(p, row))[0]
+        assert (y[row] - exact).abs().max() <= 2 * HALF[dtype] * exact.abs().max()
+
+
+@pytest.mark.parametrize("backend", GPU)
+def test_one_graph_for_all_lengths_of_all_rows(backend: str) -> None:
+    p = paged([3000, 2900], 64, 8, 2)
+    paged_decode_attention(**p, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = paged_decode_attention(**p, backend=backend)
+    for lengths in ((1, 64), (65, 0), (3000, 2000)):
+        p["length"].copy_(torch.tensor(lengths))
+        y.fill_(math.nan)
+        graph.replay()
+        exact = paged_decode_attention(**{k: v.cpu() for k, v in p.items()}, backend="reference")
+        torch.testing.assert_close(y.cpu(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_pages(backend: str) -> None:
+    arguments = (*paged([5, 9], 4).values(), 3, 0.25, backend)
+    torch.library.opcheck(torch.ops.statespan.paged_decode_attention.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.randn(2, 4)}, r"query must be \[b h p\], got \[2, 4\]"),
+        ({"key": torch.randn(7, 4, 2, 8)}, r"key must be \[n page_size g p\] = \[7, 4, 2, 16\], got \[7, 4, 2, 8\]"),
+        ({"table": torch.zeros(3, 3).int()}, r"table must be \[b m\] = \[2, 3\], got \[3, 3\]"),
+        ({"length": torch.zeros(1).int()}, r"length must be \[b\] = \[2\], got \[1\]"),
+        ({"query": torch.randn(2, 5, 16)}, "the 2 kv heads must divide h = 5"),
+        ({"query": torch.randn(2, 4, 16).bfloat16()}, "query is torch.bfloat16 and key torch.float32; they must agree"),
+        ({"sliding_window": 0}, "a sliding_window holds the newest slot at least, got 0"),
+    ],
+)
+def test_mistakes_with_pages_are_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        paged_decode_attention(**paged([5, 8], 4) | change)
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from statespan.layers.moe import Int8Experts, MoE
 from statespan.layers.norm import RMSNorm
 from statespan.models.quantize import Int8Linear
 from statespan.ops.cuda_kernels import compiler
-from statespan.ops.decode_step import HeadWeights, Projection, cuda, launch, project
+from statespan.ops.decode_step import HeadWeights, Projection, cuda, launch, multiply, project, tokens, update
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 SPILL_BYTES = 16
@@ -67,10 +67,27 @@ def head(rows: int, dtype=BF16):
     return step, (torch.zeros(rows, HIDDEN),)
 
 
+def ends(rows: int, dtype=BF16):
+    """Tokens to the residual stream, and logits to tokens."""
+    embed = tokens.kernel_embedder(torch.zeros(99, HIDDEN, dtype=dtype), rows, F32)
+    choose = tokens.chooser.__wrapped__(torch.device("cpu"), rows)
+    ids = torch.zeros(rows, dtype=torch.int64)
+    best = torch.zeros(rows)
+
+    def step(logits: torch.Tensor) -> None:
+        embed(ids)
+        choose(logits, logits.stride(0), 999, ids, best)
+
+    return step, (torch.zeros(rows, 999),)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "mamba1": lambda: mamba1(1),
     "mamba1, 8 rows": lambda: mamba1(8),
     "mamba1, many rows": lambda: mamba1(64),
+    "mamba1, 128 rows, inner norms": lambda: mamba1(128, dt_rank=40, inner_norms=True, proj_bias=True),
+    "mamba1, many rows, float16": lambda: mamba1(9, dtype=F16, stream=F16, conv_bias=False, discretization="zoh"),
+    "mamba1, many rows, odd": lambda: mamba1(12, dt_rank=3),
     "mamba1, float16": lambda: mamba1(3, dtype=F16, stream=F16),
     "mamba1, int8, odd": lambda: mamba1(2, quantize=True, inner_norms=True, state_size=5, dt_rank=3, proj_bias=True),
     "mamba1, float32, wide state": lambda: mamba1(1, dtype=F32, state_size=128, discretization="zoh", conv_kernel=1),
@@ -83,9 +100,17 @@ CASES: dict[str, Callable[[], Any]] = {
     "experts": lambda: experts(1),
     "experts, int8": lambda: experts(3, quantize=True),
     "head": lambda: head(1),
+    "head, many rows": lambda: head(64),
+    "ends": lambda: ends(2),
     "head, float32": lambda: head(8, dtype=F32),
 }
-EVERYWHERE = ("mamba1", "mamba2, groups", "experts", "mamba2, many rows")  # on every kind of GPU; the others on one
+EVERYWHERE = (
+    "mamba1",
+    "mamba2, groups",
+    "experts",
+    "mamba2, many rows",
+    "ends",
+)  # on every kind of GPU; the others on one
 
 
 @pytest.fixture
@@ -95,8 +120,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, tuple[tuple[str,
     monkeypatch.setattr(launch, "_load", lambda name, device, arch, macros: found.add((name, macros)))
     monkeypatch.setattr(launch, "_allow_shared", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    monkeypatch.setattr(project, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(project, "shared_memory", lambda device: 227 << 10)
+    for module in (project, multiply, update):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    for module in (project, multiply):
+        monkeypatch.setattr(module, "shared_memory", lambda device: 227 << 10)
     return found
 
 
@@ -114,13 +141,13 @@ def test_steps_compile(case: str, arch: str, launched) -> None:
         assert max([0, *(int(count) for count in re.findall(r"(\d+) bytes smem", text))]) <= SHARED_BYTES, text
 
 
-TYPES = {"float": F32, "bfloat16": BF16, "float16": F16, "int8": torch.int8, "int": torch.int32}
+TYPES = {"float": F32, "bfloat16": BF16, "float16": F16, "int8": torch.int8, "int": torch.int32, "i64": torch.int64}
 
 
 def parameters(name: str) -> list[str]:
     """Of a kernel, as its source declares them."""
     text = compiler.source_of(launch.HERE / f"{name}.cu")
-    (signature,) = re.findall(rf"__launch_bounds__\(\w+\) {name}\((.*?)\) \{{", text, flags=re.DOTALL)
+    (signature,) = re.findall(rf"__launch_bounds__\([^)]+\) {name}\((.*?)\) \{{", text, flags=re.DOTALL)
     return [part.strip() for part in signature.split(",")]
 
 
@@ -130,8 +157,8 @@ def test_every_argument_is_what_the_kernel_takes(case: str, launched, monkeypatc
     calls: list[str] = []
     made = launch.Launch.__init__
 
-    def init(self: Any, name: str, device: torch.device, grid: Any, threads: int, macros: Any, *rest: int) -> None:
-        made(self, name, device, grid, threads, macros, *rest)
+    def init(self: Any, name: str, device: Any, grid: Any, threads: int, macros: Any, *rest: int, **more: int) -> None:
+        made(self, name, device, grid, threads, macros, *rest, **more)
         self.of = name, dict(macros)
 
     def call(self: Any, *arguments: Any) -> None:
@@ -139,7 +166,7 @@ def test_every_argument_is_what_the_kernel_takes(case: str, launched, monkeypatc
         declared = parameters(name)
         assert len(arguments) == len(declared), name
         for argument, parameter in zip(arguments, declared, strict=True):
-            if parameter.startswith("i64"):
+            if parameter.startswith("i64 "):
                 assert isinstance(argument, int), (name, parameter)
                 continue
             assert argument is None or isinstance(argument, torch.Tensor), (name, parameter)

@@ -1,6 +1,7 @@
 """Prepared decoding steps against the same half of a block in float64."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from statespan.layers.moe import Experts, Int8Experts, MoE
 from statespan.layers.norm import RMSNorm
 from statespan.layers.state import SSMState
 from statespan.ops.decode_step import HeadWeights, Projection, prepare
+from statespan.ops.decode_step.multiply import Multiply
+from statespan.ops.decode_step.tokens import choose_best, embedder
 
 BACKENDS = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # conftest.py makes the latter's tensors there
 LIMIT = {"float32": 3e-6, "int8": 3e-6, "bfloat16": 2**-8}  # of the largest value; bfloat16 rounds what comes out
@@ -27,6 +30,12 @@ MAMBA1 = {
     "inner norms": Mamba1Config(state_size=8, inner_norms=True, dt_rank=20),
     "one tap, zoh": Mamba1Config(state_size=33, conv_kernel=1, discretization="zoh"),
     "bilinear, many channels": Mamba1Config(expand=6, discretization="bilinear", inner_norms=True),
+}
+MATRIX = {  # by the width of the residual stream
+    128: {"dt_rank": 8},
+    96: {"inner_norms": True, "dt_rank": 40, "proj_bias": True},
+    640: {"conv_bias": False, "discretization": "zoh", "dt_rank": 64},
+    32: {"conv_kernel": 2, "dt_rank": 16, "discretization": "bilinear"},
 }
 MAMBA2 = {
     "plain": Mamba2Config(state_size=16, head_dim=8),
@@ -212,6 +221,20 @@ def test_many_rows_on_a_gpu(kind, rows, backend):
 
 
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [9, 64, 65, 128])
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_matrix_units_on_a_gpu(dtype, rows, backend, monkeypatch):
+    """Widths that they take, unlike those above."""
+    torch.manual_seed(7)
+    for hidden, changes in MATRIX.items():
+        monkeypatch.setattr(sys.modules[__name__], "HIDDEN", hidden)
+        layer, norm = (x.to(dtype) for x in built(Mamba1(hidden, Mamba1Config(**changes)), "bfloat16"))
+        check_many(layer, norm, rows, dtype)
+        check_many(layer, norm, rows, torch.float32)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("width", [160, 768, 2560, 4352])
 @pytest.mark.parametrize("backend", ["cuda"])
@@ -224,6 +247,47 @@ def test_the_head_on_a_gpu(width, rows, backend):
         wide = hidden.double()
         normed = wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * norm.double()
         assert error(head(hidden), normed @ weight[:outputs].double().t()) < 3e-6
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [9, 64, 65, 130])
+@pytest.mark.parametrize(("outputs", "inputs"), [(192, 5120), (80, 1536), (101, 136), (5, 64), (2000, 640)])
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_products_on_matrix_units(outputs, inputs, rows, backend):
+    """Blocks that share the inputs, rows in several blocks, a ring that holds all and one that does not."""
+    for dtype in (torch.bfloat16, torch.float16):
+        weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(rows, inputs + 8).to(dtype)[:, :inputs]
+        truth = x.double() @ weight.double().t()
+        first = Multiply(Projection(weight), rows)(x)
+        assert error(first, truth) < 3e-6
+        assert torch.equal(first, Multiply(Projection(weight), rows)(x))
+        assert error(Multiply(Projection(weight), rows, outputs=outputs - 3)(x), truth[:, :-3]) < 3e-6
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("tokens", [7, 1001, 50277])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_best_token(backend, tokens, rows):
+    """The first of equal ones; a NaN is larger than all, and a row of minus infinities has a first one too."""
+    logits = torch.randn(rows, tokens + 3)[:, :tokens]
+    logits[0, [2, 5]] = 99.0
+    if rows > 1:
+        logits[1, 3], logits[2], logits[3] = torch.nan, -float("inf"), -logits[3].abs() - 1
+        logits[4, 1:] = -0.0
+        logits[4, 0] = 0.0
+    ids, best = torch.full((rows,), -1), torch.zeros(rows)
+    choose_best(logits, ids, best)
+    truth = torch.tensor([row.index(max(row, key=lambda x: (x != x, x))) for row in logits.tolist()])
+    assert torch.equal(ids, truth)
+    torch.testing.assert_close(best, logits.gather(1, truth[:, None])[:, 0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_the_embedding_on_a_gpu(backend):
+    table, ids = torch.randn(99, 1100).bfloat16(), torch.tensor([0, 98, 5])
+    assert torch.equal(embedder(table, 3, torch.float32)(ids), table[ids].float())
+    assert torch.equal(embedder(table, 3, torch.bfloat16)(ids), table[ids])
 
 
 def test_the_cpu_leaves_states_as_they_are():

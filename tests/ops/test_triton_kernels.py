@@ -51,6 +51,8 @@ TARGETS = {
 # products do so once a tile, behind the loop, for gelu's polynomial. ssd's gradients hold more tiles than there are
 # registers for: smaller tiles spill less and took longer.
 SPILL_BYTES = {"selective_scan": 24, "grouped_mlp": 168, "ssd": 1280}
+# For sm_80 the assembler holds them to 168 registers a thread.
+SPILL_BYTES_SM_80 = SPILL_BYTES | {"ssd": 2304}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int8: "*i8", torch.int32: "*i32"}
 BF16 = torch.bfloat16
 
@@ -97,6 +99,11 @@ def launch_all() -> None:
     launch_experts(experts)
     query, cache, position = empty(2, 32, 128, dtype=BF16), empty(2, 9000, 8, 128, dtype=BF16), empty(2, 9000).int()
     attention.decode_attention(query, cache, cache, position, position[0, :1], position[:, 0], 4096, 0.1)
+    for window, page_size in ((None, 200), (4096, 64)):
+        pages = empty(90, page_size, 8, 128, dtype=BF16)
+        attention.paged_decode_attention(query, pages, pages, position, position[:, 0], window, 0.1)
+        qkv, angles = empty(2, 48, 128, dtype=BF16), (empty(2, 64), empty(2, 64))
+        attention.append_token(qkv, pages, pages, torch.zeros(2, dtype=torch.int64), angles, page_size == 64)
     launch_ssd(dual)
 
 
@@ -173,7 +180,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_kernel_compiles_and_fits(
     target: str, launches: list[tuple[ASTSource, dict[str, int]]], tmp_path: Path
 ) -> None:
-    assert len(launches) == 67
+    assert len(launches) == 73
     for source, options in launches:
         compiled = triton.compile(source, target=TARGETS[target], options=options)
         assert compiled.metadata.shared <= SHARED_KIB[target] << 10, source.name
@@ -185,7 +192,8 @@ def test_every_kernel_compiles_and_fits(
             assert "LOCAL:0" in usage, f"{source.name}: {usage}"
             spilled = re.search(r"STACK:(\d+)", usage)
             assert spilled is not None
-            assert int(spilled[1]) <= SPILL_BYTES.get(source.fn.__module__.split(".")[-2], 0), f"{source.name}: {usage}"
+            allowed = SPILL_BYTES_SM_80 if target == "sm_80" else SPILL_BYTES
+            assert int(spilled[1]) <= allowed.get(source.fn.__module__.split(".")[-2], 0), f"{source.name}: {usage}"
 
 
 @pytest.mark.parametrize(

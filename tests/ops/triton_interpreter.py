@@ -189,6 +189,7 @@ def grouped_mlp() -> Iterator[Pair]:
 
 def decode_attention() -> Iterator[Pair]:
     from statespan.ops.decode_attention import reference, triton_backend
+    from statespan.ops.decode_attention.paged import append_token
 
     torch.use_deterministic_algorithms(True)  # new tensors are NaN
     triton_backend.SLOTS = 16
@@ -206,6 +207,28 @@ def decode_attention() -> Iterator[Pair]:
             triton_backend.decode_attention(query, key, value, *options),
             reference.decode_attention(*wide(query, key, value), *options),
         )
+    lengths = torch.tensor([53, 0, 7], dtype=torch.int32)
+    for (heads, kv_heads), window, programs, page_size in product(((4, 2), (20, 1)), (None, 18), (1, 40), (1, 6, 32)):
+        triton_backend.PROGRAMS = programs
+        pages, most = torch.full((200, page_size, 2 * kv_heads, 24), float("nan")), -(-60 // page_size)
+        table = torch.randperm(199)[: 3 * most].view(3, most).int() + 1
+        for row, used in enumerate(lengths.tolist()):
+            slot = torch.arange(used)
+            pages[table[row][slot // page_size].long(), slot % page_size] = torch.randn(used, 2 * kv_heads, 24)
+        arguments = (torch.randn(3, heads, 24), *pages.chunk(2, dim=2), table, lengths, window, 0.3)
+        yield (
+            triton_backend.paged_decode_attention(*arguments),
+            reference.paged_decode_attention(*wide(*arguments[:3]), *arguments[3:]),
+        )
+    for half, interleaved in ((0, False), (5, False), (5, True), (12, True)):
+        pages = torch.zeros(2, 7, 4, 2, 24)
+        slot, angle = torch.tensor([9, 27, 0]), torch.randn(3, half)
+        angles = (angle.cos(), angle.sin()) if half else None
+        qkv = torch.randn(3, 8 * 24)
+        query = triton_backend.append_token(qkv.view(3, 8, 24), *pages, slot, angles, interleaved)
+        exact = torch.zeros(2, 7, 4, 2, 24)
+        yield query, append_token(qkv, *exact, slot, angles, interleaved=interleaved, backend="torch")
+        yield pages, exact
 
 
 def ssd() -> Iterator[Pair]:

@@ -31,13 +31,13 @@ def test_updates_equal_those_without_graphs(config: TrainingConfig, device: str,
     """Packed and plain batches, in two parts each: every row of metrics and every weight."""
     layers = (LayerSpec("mamba1"), LayerSpec("mamba2", "mlp"), LayerSpec("attention", "mlp"))
     config = replace(config, model=replace(config.model, hidden_size=64, layers=layers))
-    config = config.override(["run.accumulation_steps=2", f"run.activation_checkpointing={recompute}"])
+    config = config.override(["run.accumulation_steps=2", f"run.activation_checkpointing={str(recompute).lower()}"])
     trained = []
     for graph in (False, True):
         corpus, _ = load_data(config.data, ByteTokenizer())
         model = build(config.model, device=device)
         rows = PackedRows(corpus, config.data.sequence_length, config.data.seed)
-        changed = config.override([f"run.cuda_graph={graph}"])
+        changed = config.override([f"run.cuda_graph={str(graph).lower()}"])
         trainer = Trainer(changed, model, build_optimizer(model, config.optimizer), rows)
         found = [trainer.step()[0] for _ in range(6)]
         trained.append((found, trainer.state.totals.nats, [p.detach().clone() for p in model.parameters()]))

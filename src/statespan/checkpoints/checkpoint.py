@@ -18,11 +18,15 @@ from statespan.checkpoints.safetensors_io import write_shards
 from statespan.checkpoints.tokenizer import find_tokenizer
 from statespan.checkpoints.weight_files import open_weights
 from statespan.checkpoints.weight_map import Index
-from statespan.checkpoints.weight_names import match_files, pieces_to_write
+from statespan.checkpoints.weight_names import Matched, match_files, pieces_to_write
 from statespan.errors import CheckpointError, UnknownName
+from statespan.layers.linear import int4_weight
+from statespan.layers.moe import quantize_stack
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
-from statespan.models.quantize import is_quantized
+from statespan.models.quantize import Quantization, is_quantized, quantized_weights
+from statespan.models.quantize import quantize as quantize_model
+from statespan.ops import quantize_rows
 
 Format = Literal["statespan", "transformers"]
 
@@ -42,7 +46,12 @@ def detect(path: str | Path) -> str:
     return identify(Path(path)).family.name
 
 
-def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: Quantization | None = None,
+) -> LanguageModel:
     """The model of a checkpoint in any format that `detect` knows, in evaluation mode, with its tokenizer.
 
     Args:
@@ -50,6 +59,8 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
         device: where the weights go.
         dtype: of the weights; None is as stored, float16 becoming float32, which holds its values and has fast CPU
             forms. A_log, D and dt_bias are float32 always.
+        quantize: "int8", "experts_int8" or "int4": as `statespan.quantize` afterwards, but piece by piece on the way
+            in, so that the full weights are never all in memory.
     Returns:
         The model; `model.tokenizer` is None where the checkpoint has no tokenizer.json and is not byte-level.
     Raises:
@@ -67,13 +78,30 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     weights = match_files(found.family, model, open_weights(found.directory), found.directory)
     stored = weights.dtype("embedding.weight")
     model = model.to(dtype or (torch.float32 if stored == torch.float16 else stored))
-    tensors = {
-        name: _join(((part.ours, weights.read(part)) for part in weights.parts[name]), target, device)
-        for name, target in model.state_dict().items()
-    }
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(_read(weights, model, quantize, device), assign=True)
     model.tokenizer = find_tokenizer(found.directory, config)
     return model.eval()
+
+
+def _read(
+    weights: Matched, model: LanguageModel, mode: Quantization | None, device: torch.device | str
+) -> dict[str, Tensor]:
+    """All tensors of `model`, which is on the meta device and gets quantised layers where there is a mode."""
+    full, tensors = model.state_dict(), dict[str, Tensor]()
+    if mode is not None:
+        quantize_model(model, mode)
+    places, own = quantized_weights(model), model.state_dict()
+    for name, target in full.items():
+        pieces = ((part.ours, weights.read(part)) for part in weights.parts[name])
+        if name not in places:
+            tensors[name] = _join(pieces, target, device).to(own[name].dtype)
+        elif (scale := places[name]) is None:
+            tensors[name] = int4_weight(_join(pieces, target, device))
+        else:
+            tensors[name], tensors[scale] = _join_int8(pieces, target, device)
+    if "lm_head.weight" in own and "lm_head.weight" not in full:  # int8, of a tied embedding
+        tensors["lm_head.weight"], tensors["lm_head.scale"] = quantize_rows(tensors["embedding.weight"])
+    return tensors
 
 
 def save(
@@ -144,6 +172,18 @@ def _join(pieces: Iterable[tuple[Index, Tensor]], like: Tensor, device: torch.de
         whole[index] = piece.to(device, like.dtype)
     assert whole is not None  # every tensor has a part
     return whole
+
+
+def _join_int8(
+    pieces: Iterable[tuple[Index, Tensor]], like: Tensor, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """As `_join`, but each piece, which has whole rows, becomes int8 with scales on the way."""
+    whole = torch.empty(like.shape, dtype=torch.int8, device=device)
+    scale = torch.empty(like.shape[:-1], dtype=torch.float32, device=device)
+    for index, piece in pieces:
+        quantized, scales = quantize_stack(piece.to(device, like.dtype))
+        whole[index], scale[index] = quantized, scales
+    return whole, scale
 
 
 def _family_of(name: str, config: ModelConfig) -> Family:

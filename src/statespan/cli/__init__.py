@@ -1,4 +1,4 @@
-"""`statespan demo | train | generate | convert | inspect | tune | backends`: each command calls one package.
+"""`statespan demo | train | generate | serve | convert | inspect | lab | tune | backends`: each calls one package.
 
 Exit codes: 0, 2 for a mistake of the user's (one line on stderr), 130 when interrupted, 141 when the reader went away.
 """
@@ -17,8 +17,10 @@ COMMANDS = {
     "demo": "train a small hybrid on Python's own source in minutes, and talk to it",
     "train": "train a model from a recipe",
     "generate": "continue a prompt with a saved model",
+    "serve": "serve a saved model as OpenAI's API, with a playground",
     "convert": "rewrite a checkpoint in another format",
     "inspect": "layers, parameters, FLOPs and memory of a preset or checkpoint",
+    "lab": "run a claim of the papers again: table, picture and page",
     "tune": "time the GPU kernels' block sizes here, and keep the best",
     "backends": "which backend runs each op here, and why not the others",
 }

@@ -8,11 +8,11 @@ from pathlib import Path
 from statespan import checkpoints, generation
 from statespan.demo.corpus import EXCLUSIONS, CompressedSizes, SourceSplit, compress, split_sources
 from statespan.demo.curve import draw_curve, read_curve, seconds_to_reach
-from statespan.demo.machine import describe_machine
 from statespan.demo.precision import faster_precision
 from statespan.demo.recipe import demo_config
 from statespan.demo.report import DemoResult, write_report, write_results
 from statespan.errors import UserError
+from statespan.machine import describe_machine
 from statespan.models.accounting import count_parameters
 from statespan.training import TrainingConfig, TrainingResult, train
 

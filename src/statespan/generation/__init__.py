@@ -1,4 +1,7 @@
-"""Generation: prompts in, text out, over explicit state."""
+"""Generation: prompts in, text out, over explicit state. What speculation needs is imported when it is used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from statespan.generation.batch import TokenLogprob
 from statespan.generation.generate import Generation, Timing, generate, generate_stream
@@ -7,12 +10,21 @@ from statespan.generation.sampling import Sampling
 from statespan.generation.state import GenerationState, load_state, save_state
 from statespan.generation.streaming import StreamEvent
 
+if TYPE_CHECKING:
+    from statespan.generation.drafters import DraftModel, PromptLookup, SubwordDrafter
+    from statespan.generation.speculative import Speculation, SpeculationReport
+
 __all__ = [
+    "DraftModel",
     "Generation",
     "GenerationOptions",
     "GenerationState",
+    "PromptLookup",
     "Sampling",
+    "Speculation",
+    "SpeculationReport",
     "StreamEvent",
+    "SubwordDrafter",
     "Timing",
     "TokenLogprob",
     "generate",
@@ -20,3 +32,17 @@ __all__ = [
     "load_state",
     "save_state",
 ]
+
+_HOMES = {
+    "DraftModel": "drafters",
+    "PromptLookup": "drafters",
+    "Speculation": "speculative",
+    "SpeculationReport": "speculative",
+    "SubwordDrafter": "drafters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"statespan.generation.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'statespan.generation' has no attribute {name!r}")

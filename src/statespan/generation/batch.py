@@ -115,7 +115,7 @@ class DecodeBatch:
         self._note()
 
     @torch.inference_mode()
-    def choose(self) -> list[int]:
+    def choose(self) -> list[tuple[int, ...]]:
         """The next token of each row. The state has not absorbed it yet, unless steps run ahead."""
         if self._ahead and self._read and self._launched < self.options.max_new_tokens:
             self._launch()
@@ -124,30 +124,25 @@ class DecodeBatch:
         require_finite([best[row] for row in rows])
         self._read += 1
         self._ids = [ids[row] for row in rows]
-        return self._ids
+        return [(token,) for token in self._ids]
 
-    @property
     @torch.inference_mode()
-    def state(self) -> ModelState:
-        """Of the rows, all tokens absorbed but those just chosen; not while steps run ahead."""
-        assert not self._ahead
-        state = self._stepper.decoder.state()
-        return state if self._all_there else state.select(torch.tensor(self._rows))
+    def state_of(self, place: int, count: int) -> tuple[ModelState, int]:
+        """A state and its row that has absorbed all tokens of this row but the one just chosen; not while steps run
+        ahead. `count` is 1, since there is one token a step."""
+        assert not self._ahead and count == 1
+        return self._stepper.decoder.state(), self._rows[place]
 
     @property
     def _all_there(self) -> bool:
         return len(self._rows) == self._stepper.batch_size
 
     @torch.inference_mode()
-    def logprobs(self) -> list[TokenLogprob]:
+    def logprobs(self) -> list[tuple[TokenLogprob, ...]]:
         """Log-probabilities of the tokens just chosen, and of the most likely ones."""
         logits = self._stepper.logits
         logits = logits if self._all_there else logits[torch.tensor(self._rows, device=logits.device)]
-        logprobs, ids = log_probabilities(logits), torch.tensor(self._ids, device=logits.device)
-        chosen: list[float] = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
-        best = logprobs.topk(min(self.options.num_top, logprobs.shape[1]), dim=1)
-        tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [TokenLogprob(c, tuple(zip(*top, strict=True))) for c, top in zip(chosen, tops, strict=True)]
+        return [(found,) for found in token_logprobs(logits, self._ids, self.options.num_top)]
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -167,6 +162,15 @@ class DecodeBatch:
         give_back(self.model, self._stepper)
         self._holds[0] = smaller
         self._rows = list(range(len(rows)))
+
+
+def token_logprobs(logits: Tensor, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Log-probabilities of the tokens `ids` [n] chosen from `logits` [n v], and of so many of the most likely ones."""
+    logprobs, chosen_ids = log_probabilities(logits), torch.tensor(ids, device=logits.device)
+    chosen: list[float] = logprobs.gather(1, chosen_ids.unsqueeze(1)).squeeze(1).tolist()
+    best = logprobs.topk(min(num_top, logprobs.shape[1]), dim=1)
+    tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [TokenLogprob(c, tuple(zip(*top, strict=True))) for c, top in zip(chosen, tops, strict=True)]
 
 
 def _end(model: "ref[LanguageModel]", holds: list[Stepper]) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from statespan.generation.state import GenerationState
 from statespan.generation.streaming import FinishReason, StreamEvent
 from statespan.layers.state import ModelState
 from statespan.models.language_model import LanguageModel, Tokenizer
+
+if TYPE_CHECKING:
+    from statespan.generation.speculative import Speculation, SpeculationReport
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Generation:
     timing: Timing
     logprobs: tuple[TokenLogprob, ...] | None = None  # one a new token
     state: GenerationState | None = None  # has absorbed prompt and new tokens, but for the newest: see GenerationState
+    speculation: "SpeculationReport | None" = None  # of the whole call, with the option speculation
 
 
 @overload
@@ -60,6 +64,7 @@ def generate(
     state: GenerationState | ModelState | None = None,
     tokenizer: Tokenizer | None = None,
     attention_mask: Tensor | None = None,
+    speculation: "Speculation | None" = None,
     **options: Any,
 ) -> Generation | list[Generation]:
     """Continue one prompt, or several together: prefill, then one token a step.
@@ -75,6 +80,7 @@ def generate(
             prompts. It is not changed.
         tokenizer: Instead of `model.tokenizer`.
         attention_mask: [b t], with a [b t] tensor of ids; 0 marks padding.
+        speculation: Drafter and limits of speculative decoding (docs/speculation.md); the texts stay what they are.
         **options: Fields of GenerationOptions:
             max_new_tokens: Default 128; 0 only prefills.
             temperature, top_k, top_p, min_p, repetition_penalty: See Sampling, whose order they run in. The penalty
@@ -96,7 +102,7 @@ def generate(
         >>> statespan.generate(model, [1, 2, 3], max_new_tokens=5, temperature=0).finish_reason
         'length'
     """
-    request = Request(model, prompt, state, tokenizer, attention_mask, _options(options))
+    request = Request(model, prompt, state, tokenizer, attention_mask, _options(options), speculation)
     drafts = [_Draft() for _ in request.prompts]
     for event in request.events():
         drafts[event.index].add(event)
@@ -111,6 +117,7 @@ def generate_stream(
     state: GenerationState | ModelState | None = None,
     tokenizer: Tokenizer | None = None,
     attention_mask: Tensor | None = None,
+    speculation: "Speculation | None" = None,
     **options: Any,
 ) -> Iterator[StreamEvent]:
     """Like `generate`, but yields each token when it is there; nothing of what was yielded is kept.
@@ -125,7 +132,7 @@ def generate_stream(
         >>> [event.finish_reason for event in statespan.generate_stream(model, [1, 2], max_new_tokens=2)]
         [None, 'length']
     """
-    return Request(model, prompt, state, tokenizer, attention_mask, _options(options)).events()
+    return Request(model, prompt, state, tokenizer, attention_mask, _options(options), speculation).events()
 
 
 def _options(values: dict[str, Any]) -> GenerationOptions:
@@ -164,4 +171,5 @@ class _Draft:
             timing=Timing(request.first_token_s - request.start_s, decode_s, rate),
             logprobs=tuple(self.logprobs) if request.options.logprobs is not False else None,
             state=self.last.state,
+            speculation=request.report,
         )

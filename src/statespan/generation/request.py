@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from statespan.generation.stopping import StopStrings
 from statespan.generation.streaming import FinishReason, StreamEvent, TextDecoder
 from statespan.layers.state import ModelState
 from statespan.models.language_model import LanguageModel, Tokenizer
+
+if TYPE_CHECKING:
+    from statespan.generation.speculative import Speculation, SpeculationReport, SpeculativeBatch
 
 
 @dataclass
@@ -41,8 +45,10 @@ class Request:
         tokenizer: Tokenizer | None,
         attention_mask: Tensor | None,
         options: GenerationOptions,
+        speculation: "Speculation | None" = None,
     ) -> None:
-        self.model, self.options = model, options
+        self.model, self.options, self.speculation = model, options, speculation
+        self.report: "SpeculationReport | None" = None  # of the speculation, while and after it runs
         self.tokenizer = tokenizer = tokenizer or model.tokenizer
         if options.stop_strings and tokenizer is None:
             raise UserError("stop strings need a tokenizer, and the model has none; pass tokenizer= or stop_token_ids=")
@@ -91,16 +97,20 @@ class Request:
         if logits is None or self.options.max_new_tokens == 0:
             yield from self._without_tokens(state)
             return
-        batch = DecodeBatch(self.model, logits, state, [ids for _, ids in self._feeds], self.seeds, self.options)
+        batch = self._batch(logits, state)
         rows = [self._row(index) for index in range(len(self.prompts))]
         while rows:
-            ids = self._choose(batch, rows)
-            logprobs = [None] * len(rows) if self.options.logprobs is False else batch.logprobs()
+            new = self._choose(batch, rows)
+            logprobs = None if self.options.logprobs is False else batch.logprobs()
             for place, row in enumerate(rows):
-                text = self._extend(row, ids[place])
-                ends = row.finish_reason is not None and self.options.return_state
-                state = self._end_state(batch.state, place, ids[place]) if ends else None
-                yield StreamEvent(row.index, text, ids[place], logprobs[place], row.finish_reason, state)
+                for count, token in enumerate(new[place]):
+                    text = self._extend(row, token)
+                    ends = row.finish_reason is not None and self.options.return_state
+                    end = self._end_state(*batch.state_of(place, count + 1), token) if ends else None
+                    logprob = None if logprobs is None else logprobs[place][count]
+                    yield StreamEvent(row.index, text, token, logprob, row.finish_reason, end)
+                    if row.finish_reason is not None:
+                        break
             going = [place for place, row in enumerate(rows) if row.finish_reason is None]
             if going and len(going) < len(rows):
                 batch.keep(going)
@@ -108,6 +118,16 @@ class Request:
             if rows:
                 self._evaluate()
                 batch.advance()
+
+    def _batch(self, logits: Tensor, state: ModelState) -> "DecodeBatch | SpeculativeBatch":
+        arguments = (self.model, logits, state, [ids for _, ids in self._feeds], self.seeds, self.options)
+        if self.speculation is None:
+            return DecodeBatch(*arguments)
+        from statespan.generation.speculative import SpeculativeBatch
+
+        batch = SpeculativeBatch(*arguments, self.speculation)
+        self.report = batch.report
+        return batch
 
     def _evaluate(self) -> None:
         """Looked at before every forward: another stream of the same model may have ended in between."""
@@ -144,9 +164,9 @@ class Request:
             decoder = TextDecoder(self.tokenizer, self._feeds[index][1])
         return _Row(index, decoder, StopStrings(self.options.stop_strings))
 
-    def _choose(self, batch: DecodeBatch, rows: list[_Row]) -> list[int]:
+    def _choose(self, batch: "DecodeBatch | SpeculativeBatch", rows: list[_Row]) -> list[tuple[int, ...]]:
         try:
-            ids = batch.choose()
+            new = batch.choose()
         except NonFiniteLogits as error:
             row = rows[error.row]
             raise UserError(
@@ -155,7 +175,7 @@ class Request:
             ) from None
         if rows[0].count == 0:
             self.first_token_s = time.perf_counter()
-        return ids
+        return new
 
     def _extend(self, row: _Row, token_id: int) -> str:
         """Count the token, find out whether it is the last one, and return the text that is certain now."""

@@ -7,9 +7,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from statespan.generation.sampling import Sampling, choose, random_numbers
+from statespan.generation.sampling import Sampling, choose, penalize_repetition, random_numbers
 from statespan.layers.state import ModelState
 from statespan.models.language_model import LanguageModel
+from statespan.ops.decode_step.tokens import choose_best
 
 BLOCK = 64  # random numbers of a row that go to the device at once
 KEPT = 4  # steppers of a model that wait for the next call; each holds a graph and the state of its rows
@@ -29,8 +30,8 @@ class Stepper:
         self.decoder = model.decoder(batch_size)
         device, vocab_size = model.device, model.config.vocab_size
         # The addresses of all of these are in the graph.
-        self.ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.best = torch.zeros(batch_size, dtype=torch.float32, device=device)  # the largest logit
+        self._chosen = torch.zeros(12 * batch_size, dtype=torch.uint8, device=device)  # in one piece, for one copy
+        self.ids, self.best = _parts(self._chosen)  # the tokens, and the largest logits
         self.seen: Tensor | None = None  # tokens under the repetition penalty
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
@@ -77,16 +78,15 @@ class Stepper:
             ids, best = self.ids.tolist(), self.best.tolist()
             return lambda: (ids, best)
         # What is chosen next must not overwrite them before they are read.
-        host_ids, host_best = (
-            torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            for x in (self.ids, self.best)
-        )
+        copy = torch.empty(len(self._chosen), dtype=torch.uint8, pin_memory=True)
+        copy.copy_(self._chosen, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
 
         def wait() -> tuple[list[int], list[float]]:
             copied.synchronize()
-            return host_ids.tolist(), host_best.tolist()
+            ids, best = _parts(copy)
+            return ids.tolist(), best.tolist()
 
         return wait
 
@@ -96,15 +96,19 @@ class Stepper:
     def _choose(self, logits: Tensor) -> Tensor:
         """The logits as float32, after the tokens chosen from them are in their places."""
         logits = logits.float()
-        numbers = None
-        if not self.sampling.greedy:
+        if self.sampling.greedy:
+            free = logits
+            if self.seen is not None:
+                free = penalize_repetition(logits, self.seen, self.sampling.repetition_penalty)
+            choose_best(free, self.ids, self.best)
+        else:
             numbers = self._numbers.index_select(0, self._place).squeeze(0)
             self._place.add_(1)
-        ids, best = choose(logits, self.sampling, numbers, self.seen)
-        self.ids.copy_(ids)
-        self.best.copy_(best)
+            ids, best = choose(logits, self.sampling, numbers, self.seen)
+            self.ids.copy_(ids)
+            self.best.copy_(best)
         if self.seen is not None:
-            self.seen.scatter_(1, ids.unsqueeze(1), True)
+            self.seen.scatter_(1, self.ids.unsqueeze(1), True)
         return logits
 
     def _refill(self) -> None:
@@ -118,6 +122,12 @@ class Stepper:
             self._place.zero_()
             self._left = BLOCK
         self._left -= 1
+
+
+def _parts(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 and float32 numbers of each row, in 12 bytes a row."""
+    end = len(chosen) // 12 * 8
+    return chosen[:end].view(torch.int64), chosen[end:].view(torch.float32)
 
 
 _Key = tuple[int, Sampling, tuple[int, ...]]

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from statespan.errors import UserError
+from statespan.layers.causal_attention import causal_attention, masked_attention, sees
 from statespan.layers.config import AttentionConfig
 from statespan.layers.linear import Linear
 from statespan.layers.mixer import Mixer
-from statespan.layers.rotary import rotary_angles, rotate
-from statespan.layers.state import KVCache
+from statespan.layers.rotary import rotary_angles
+from statespan.layers.state import KVCache, PagedKVCache
 from statespan.layers.token_layout import TokenLayout, token_layout
 from statespan.ops import causal_conv1d
+from statespan.ops.rotary import rotate
 
 
 class Attention(Mixer):
@@ -30,8 +33,8 @@ class Attention(Mixer):
         self.out_proj = Linear(self.num_heads * self.head_dim, hidden_size, bias=config.out_bias)
 
     def forward(
-        self, hidden: Tensor, state: KVCache | None = None, segments: Tensor | None = None
-    ) -> tuple[Tensor, KVCache | None]:
+        self, hidden: Tensor, state: KVCache | PagedKVCache | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, KVCache | PagedKVCache | None]:
         layout = None if segments is None else token_layout(segments)
         query, key, value, conv = self._project(hidden, state, segments)
         position = self._positions(hidden, state, layout)
@@ -39,17 +42,21 @@ class Attention(Mixer):
             cos, sin = rotary_angles(position, self.config, self.head_dim)
             query = rotate(query, cos, sin, interleaved=self.config.rotary_interleaved)
             key = rotate(key, cos, sin, interleaved=self.config.rotary_interleaved)
+        after: KVCache | PagedKVCache | None = None
         if state is None:
-            mixed = self._attend(query, key, value, self._mask(position, layout, None))
-            return self._output(mixed, layout), None
-        cache = self._extend(state, key, value, position, layout)
-        length = cache.length
-        mask = self._mask(position, layout, cache)
-        mixed = self._attend(query, cache.key[:, :length], cache.value[:, :length], mask)
-        return self._output(mixed, layout), self._next(cache, position, layout, conv)
+            mixed = self._attend(query, key, value, position, layout, None)
+        elif isinstance(state, PagedKVCache):
+            mixed, after = self._attend_pages(query, key, value, position, layout, state)
+            after = replace(after, conv=conv)
+        else:
+            cache = self._extend(state, key, value, position, layout)
+            used = slice(0, cache.length)
+            mixed = self._attend(query, cache.key[:, used], cache.value[:, used], position, layout, cache)
+            after = self._next(cache, position, layout, conv)
+        return self._output(mixed, layout), after
 
     def _project(
-        self, hidden: Tensor, state: KVCache | None, segments: Tensor | None
+        self, hidden: Tensor, state: KVCache | PagedKVCache | None, segments: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v [b t heads head_dim] and the conv's next state."""
         qkv, conv = self.qkv_proj(hidden), None
@@ -67,62 +74,91 @@ class Attention(Mixer):
         query, key, value = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
         return query, key, value, conv
 
-    def _positions(self, hidden: Tensor, state: KVCache | None, layout: TokenLayout | None) -> Tensor:
+    def _positions(self, hidden: Tensor, state: KVCache | PagedKVCache | None, layout: TokenLayout | None) -> Tensor:
         """Position of each token in its sequence: [t] where all rows agree, else [b t]."""
         if layout is None and (state is None or state.dense):
-            start = 0 if state is None else state.dropped + state.length
+            start = 0
+            if state is not None:
+                start = state.longest if isinstance(state, PagedKVCache) else state.dropped + state.length
             return torch.arange(start, start + hidden.shape[1], device=hidden.device)
         if layout is None:
             index = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
             layout = TokenLayout(torch.ones_like(index, dtype=torch.bool), torch.zeros_like(index), index, index[:, 0])
         if state is None:
             return layout.index
-        return layout.index + torch.where(layout.run == 0, state.next_position.unsqueeze(1), 0)
+        old = state.length if isinstance(state, PagedKVCache) else state.next_position
+        return layout.index + torch.where(layout.run == 0, old.unsqueeze(1), 0)
 
-    def _mask(self, position: Tensor, layout: TokenLayout | None, cache: KVCache | None) -> Tensor | None:
-        """Which slots each token sees: [t s] or [b 1 t s] bool; None: plain causal, or all for one token."""
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        layout: TokenLayout | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """[b t heads head_dim]: to the tokens themselves, or to the cache that holds them."""
         window = self.config.sliding_window
-        num_tokens = position.shape[-1]
         if layout is None and (cache is None or cache.dense):
-            first = 0 if cache is None else cache.dropped
-            num_slots = num_tokens if cache is None else cache.length
-            plain = num_slots == num_tokens or num_tokens == 1
-            if plain and (window is None or num_slots <= window):
-                return None
-            slot = torch.arange(first, first + num_slots, device=position.device)
-            return _causal(position, slot, window)
+            return causal_attention(query, key, value, window)
         batch_positions = position.expand(-1 if position.dim() == 2 else 1, -1)
-        if cache is None:
-            slot, slot_run = batch_positions, None if layout is None else layout.run
-        else:
-            slot, slot_run = cache.position[:, : cache.length], None
-        seen = _causal(batch_positions, slot, window) & (slot >= 0).unsqueeze(1)
-        if layout is None:
-            return seen.unsqueeze(1)
-        old = slot.shape[1] - num_tokens
-        if slot_run is None:
-            slot_run = torch.cat([layout.run.new_zeros(layout.run.shape[0], old), layout.run], dim=1)
-        seen = seen & (slot_run.unsqueeze(1) == layout.run.unsqueeze(2))
-        # A padding token sees itself alone: its output is thrown away, and no row of the softmax is empty.
-        itself = torch.eye(num_tokens, dtype=torch.bool, device=seen.device)
-        alone = F.pad(itself, (old, 0)) & ~layout.real.unsqueeze(2)
-        return ((seen & layout.real.unsqueeze(2)) | alone).unsqueeze(1)
+        slot = batch_positions if cache is None else cache.position[:, : cache.length]
+        old = slot.shape[1] - position.shape[-1]
+        slot_run = None if layout is None else F.pad(layout.run, (old, 0))
+        index = torch.arange(slot.shape[1], device=slot.device)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        grouped = self.num_heads != self.num_kv_heads
-        return F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and query.shape[1] > 1,
-            enable_gqa=grouped,
-        ).transpose(1, 2)
+        def seen(tokens: slice) -> Tensor:
+            visible = sees(batch_positions[:, tokens], slot, window) & (slot >= 0).unsqueeze(1)
+            if layout is None or slot_run is None:
+                return visible
+            visible &= slot_run.unsqueeze(1) == layout.run[:, tokens].unsqueeze(2)
+            # A padding token sees itself alone: its output is thrown away, and no row of the softmax is empty.
+            itself = index == index[old:][tokens].unsqueeze(1)
+            return torch.where(layout.real[:, tokens].unsqueeze(2), visible, itself)
+
+        return masked_attention(query, key, value, seen)
+
+    def _attend_pages(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        layout: TokenLayout | None,
+        cache: PagedKVCache,
+    ) -> tuple[Tensor, PagedKVCache]:
+        """Write the tokens to the pages and attend to these: [b t heads head_dim], and the cache with them."""
+        window, num_tokens = self.config.sliding_window, query.shape[1]
+        longest = min(cache.longest + num_tokens, cache.table.shape[1] * cache.page_size)
+        if layout is None:
+            added: Tensor | int = num_tokens
+            cache.write(key, value, position, None)
+        else:
+            if not torch.compiler.is_compiling() and position.device.type == "cpu" and bool((layout.run > 0).any()):
+                raise UserError("attention: a row of paged memory is one sequence; segments may only mark padding")
+            added = layout.real.sum(dim=1, dtype=torch.int32)
+            cache.write(key, value, position, layout.real)
+        length = cache.length + added
+        key, value = cache.read(longest)
+        after = replace(cache, length=length, longest=longest, dense=cache.dense and layout is None)
+        if after.dense:
+            return causal_attention(query, key, value, window), after
+        index = torch.arange(longest, device=position.device)
+        used = (index < length.unsqueeze(1))[..., None, None]
+        # What other sequences left in a page must not even be multiplied by zero.
+        key, value = torch.where(used, key, 0), torch.where(used, value, 0)
+
+        def seen(tokens: slice) -> Tensor:
+            visible = sees(position[:, tokens], index, window)
+            return visible if layout is None else visible | ~layout.real[:, tokens].unsqueeze(2)
+
+        return masked_attention(query, key, value, seen), after
 
     def _output(self, mixed: Tensor, layout: TokenLayout | None) -> Tensor:
         mixed = mixed.flatten(2)
         if layout is not None:
-            mixed = mixed * layout.real.unsqueeze(-1)
+            mixed = torch.where(layout.real.unsqueeze(-1), mixed, 0)
         return self.out_proj(mixed)
 
     def _extend(
@@ -157,10 +193,3 @@ class Attention(Mixer):
             channels = self.qkv_proj.out_features
             conv = torch.zeros(batch_size, self.config.conv_kernel - 1, channels, device=device, dtype=dtype)
         return KVCache(buffer, buffer.clone(), counts.new_zeros(batch_size, 0), counts, conv)
-
-
-def _causal(position: Tensor, slot: Tensor, window: int | None) -> Tensor:
-    """Slots [.. s] at or before each position [.. t] and inside the window: [.. t s] bool."""
-    distance = position.unsqueeze(-1) - slot.unsqueeze(-2)
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)

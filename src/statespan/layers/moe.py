@@ -134,9 +134,9 @@ class Int8Experts(nn.Module):
         for name in ("up", "down"):
             weight: Tensor = getattr(experts, f"{name}_proj")
             bias: Tensor | None = getattr(experts, f"{name}_proj_bias")
-            quantized, scale = quantize_rows(weight.flatten(0, 1))
-            self.register_buffer(f"{name}_proj", quantized.view(weight.shape))
-            self.register_buffer(f"{name}_scale", scale.view(weight.shape[:2]))
+            quantized, scale = quantize_stack(weight)
+            self.register_buffer(f"{name}_proj", quantized)
+            self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_proj_bias", None if bias is None else bias.detach())
 
     def forward(self, tokens: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
@@ -158,6 +158,17 @@ class Int8Experts(nn.Module):
         """What a decoding step reads."""
         up = Projection(self.up_proj, self.up_scale, self.up_proj_bias)
         return up, Projection(self.down_proj, self.down_scale, self.down_proj_bias)
+
+
+def quantize_stack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of [.. o i], matrix by matrix: what is widened on the way is one of them at a time."""
+    if weight.dim() == 2:
+        return quantize_rows(weight)
+    quantized = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    for matrix, rows, scales in zip(weight, quantized, scale, strict=True):
+        rows[:], scales[:] = quantize_stack(matrix)
+    return quantized, scale
 
 
 class MoE(nn.Module):

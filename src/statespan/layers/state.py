@@ -39,6 +39,11 @@ class State:
         raise NotImplementedError
 
     @property
+    def kind(self) -> "type[State]":
+        """The class that the mixer's `new_state` makes."""
+        return type(self)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held by the tensors."""
         return sum(value.numel() * value.element_size() for value in self.tensors().values())
@@ -171,6 +176,63 @@ class KVCache(State):
         used = self.position[:, : self.length]
         seen = used >= 0
         return seen if window is None else seen & (used > self.next_position.unsqueeze(1) - window)
+
+
+@dataclass(frozen=True)
+class PagedKVCache(State):
+    """Keys and values of an attention mixer in pages that many sequences share; see serving.StatePool.
+
+    The key of a row's token s is key[table[row, s // page_size], s % page_size]. Forward writes new tokens behind
+    `length` into the pages, where they must be the row's own; what it returns knows of them, and an older value does
+    not. Page 0 is nobody's and takes what padding writes. The rows' operations (clone, select, to) leave pages alone.
+    """
+
+    key: Tensor  # [pages page_size kv_heads head_dim], the pool's
+    value: Tensor  # [pages page_size kv_heads head_dim]
+    table: Tensor  # [b m] int32, the pages of each row in order
+    length: Tensor  # [b] int32, tokens of each row
+    conv: Tensor | None = None  # [b conv_kernel-1 channels], where the layer has a conv over q, k and v
+    longest: int = 0  # no row has more tokens; known without asking the device
+    dense: bool = True  # every row has that many
+    first_page: int | None = None  # the pages of the one row there is follow each other from this one on
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that have the batch as their first dimension."""
+        return {name: tensor for name, tensor in super().tensors().items() if name not in ("key", "value")}
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.key.shape[2:])
+
+    @property
+    def kind(self) -> type[State]:
+        return KVCache
+
+    @property
+    def page_size(self) -> int:
+        return self.key.shape[1]
+
+    def write(self, key: Tensor, value: Tensor, position: Tensor, real: Tensor | None) -> None:
+        """Put `key`, `value` [b t kv_heads head_dim] at `position` ([t] or [b t]); where not `real` [b t], nowhere."""
+        position = position.expand(key.shape[:2])
+        if real is not None:
+            position = position.clamp(max=self.table.shape[1] * self.page_size - 1)
+        page = self.table.gather(1, position // self.page_size).long()
+        slot = page * self.page_size + position % self.page_size
+        slot = (slot if real is None else torch.where(real, slot, 0)).flatten()
+        for pages, new in ((self.key, key), (self.value, value)):
+            pages.flatten(0, 1).index_copy_(0, slot, new.flatten(0, 1).to(pages.dtype))
+
+    def read(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [b num_tokens kv_heads head_dim] of each row's first tokens, in order."""
+        count = -(-num_tokens // self.page_size)
+        if self.first_page is not None and len(self.table) == 1:  # no copies
+            part = slice(self.first_page, self.first_page + count)
+            key, value = (pages[part].flatten(0, 1)[None, :num_tokens] for pages in (self.key, self.value))
+            return key, value
+        table = self.table[:, :count]
+        key, value = (pages[table].flatten(1, 2)[:, :num_tokens] for pages in (self.key, self.value))
+        return key, value
 
 
 @dataclass(frozen=True)

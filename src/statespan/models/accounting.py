@@ -7,7 +7,7 @@ names as in the module) and the sizes of a mixer's state. A FLOP is one addition
 import math
 from dataclasses import dataclass
 
-from statespan.layers.config import LTIConfig, MLPConfig, MoEConfig
+from statespan.layers.config import AttentionConfig, LTIConfig, MLPConfig, MoEConfig
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
 from statespan.ops.activation import GATED
@@ -253,6 +253,24 @@ def kv_bytes(config: ModelConfig, context_length: int, value_bytes: int = 2) -> 
     return kv_bytes_per_token(config, value_bytes) * _visible(config, context_length)
 
 
+def transformer_like(config: ModelConfig) -> ModelConfig:
+    """A Transformer of the same size, to compare caches with.
+
+    It has a block, one attention and one MLP, for every two sub-layers of `config`: 12 for the 24 of mamba-130m, 32 for
+    the 64 of Jamba. Its attention is that of `config` where it has any, whose heads may share keys and values;
+    otherwise every head has its own.
+
+    Example:
+        >>> from statespan.models.presets import preset
+        >>> [kv_bytes(transformer_like(preset(name)), 256 * 1024) / 2**30 for name in ("jamba-v0.1", "mamba-130m")]
+        [32.0, 9.0]
+    """
+    sublayers = sum((spec.mixer is not None) + (spec.feed_forward is not None) for spec in config.layers)
+    own = any(spec.mixer == "attention" for spec in config.layers)
+    attention = config.attention if own else AttentionConfig(num_heads=1)
+    return config.replace(layers=(LayerSpec("attention", "mlp"),) * -(-sublayers // 2), attention=attention)
+
+
 def state_bytes(config: ModelConfig, value_bytes: int = 2) -> int:
     """Bytes of one sequence's fixed state, whatever its length: SSM states (float32), conv windows, LSTM cells."""
     return sum(layer_state_bytes(config, spec, value_bytes) for spec in config.layers)
@@ -281,3 +299,44 @@ def layer_state_bytes(config: ModelConfig, spec: LayerSpec, value_bytes: int = 2
             return config.hidden_size * value_bytes
         case _:
             return 0
+
+
+def forward_bytes(config: ModelConfig, num_tokens: int, value_bytes: int = 2) -> int:
+    """Bytes of what is alive at once in a forward of so many tokens without gradients, beside weights and states.
+
+    The residual stream with what is added to it, and the layer with the widest inside: of a Mamba layer its two
+    projections, the conv's output, dt and y; of an MLP gate, up and their product, of a MoE layer the same for each of
+    top_k choices with their outputs; of attention q, k, v and the mixed values. The measured peak of Jamba v0.1 stays
+    below it (docs/serving.md).
+
+    Example:
+        >>> from statespan.models.presets import preset
+        >>> round(forward_bytes(preset("jamba-v0.1"), 8192) / 2**30, 1)
+        2.1
+    """
+    stream = config.hidden_size * (4 + 4 + 3 * value_bytes)
+    widest = max((_inner_bytes(config, spec, value_bytes) for spec in config.layers), default=0)
+    return num_tokens * (stream + widest)
+
+
+def _inner_bytes(config: ModelConfig, spec: LayerSpec, value_bytes: int) -> int:
+    """Of one layer, a token."""
+    hidden, mlp, moe = config.hidden_size, config.mlp, config.moe
+    feed_forward = 0
+    if spec.feed_forward == "mlp":
+        feed_forward = (3 if mlp.activation in GATED else 2) * mlp.intermediate_size * value_bytes
+    elif spec.feed_forward == "moe":
+        choice = (3 if moe.activation in GATED else 2) * moe.intermediate_size + hidden
+        feed_forward = moe.top_k * choice * value_bytes + hidden * (4 + value_bytes)
+    match spec.mixer:
+        case "mamba1":
+            mixer = config.mamba1_inner_size * (4 * value_bytes + 2 * 4)
+        case "mamba2":
+            mixer = (3 * config.mamba2_inner_size + 2 * _mamba2_conv_size(config)) * value_bytes
+        case "attention":
+            mixer = 2 * _qkv_size(config) * value_bytes
+        case "s4" | "s4d" | "lssl":
+            mixer = 8 * _lti_config(config, spec.mixer).inner_size(hidden) * 4
+        case _:
+            mixer = 8 * hidden * value_bytes
+    return max(mixer, feed_forward)

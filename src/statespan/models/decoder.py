@@ -1,5 +1,6 @@
 """Decoder: one token a row through a model, with everything that stays the same looked up once."""
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,14 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from statespan.layers.attention import Attention
+from statespan.layers.linear import projection_of
 from statespan.layers.mixer import Mixer
 from statespan.layers.mlp import MLP
 from statespan.layers.moe import MoE
 from statespan.layers.norm import RMSNorm
-from statespan.layers.state import KVCache, ModelState, SSMState
+from statespan.layers.state import KVCache, ModelState, PagedKVCache, SSMState, State
 from statespan.models.backbone import Block
-from statespan.models.mixer_step import MixerStep, StaticAttention, StaticSSM, layer_step, prepared_step, ssm_forward
+from statespan.models.mixer_step import (
+    MixerStep,
+    StaticAttention,
+    StaticSSM,
+    layer_step,
+    prepared_step,
+    ssm_forward,
+)
+from statespan.models.pool_step import Held, NextSlots, PagedAttention
 from statespan.ops.decode_step import FeedForwardWeights, HeadWeights, Mamba1Weights, Mamba2Weights, prepare
+from statespan.ops.decode_step.tokens import embedder
 from statespan.ops.dispatch import resolve
 
 Step = Callable[[Tensor], Tensor]
@@ -34,6 +45,9 @@ class Decoder:
         head_weights: what a prepared step of the head reads; None: it has none.
         batch_size: b.
         hidden_dtype: of the residual stream.
+        memory: states of all layers that the steps go on from and overwrite, in place of `start` and `state`: the
+            first rows of a serving.StatePool.
+        active: [b] int32, with `memory`: 0 for a row that only fills up the batch.
     """
 
     def __init__(
@@ -44,16 +58,25 @@ class Decoder:
         head_weights: HeadWeights | None,
         batch_size: int,
         hidden_dtype: torch.dtype,
+        memory: ModelState | None = None,
+        active: Tensor | None = None,
     ) -> None:
         self.batch_size = batch_size
-        self._embedding, self._hidden_dtype = embedding, hidden_dtype
+        self._hidden_dtype = hidden_dtype
         self._device, self._dtype = embedding.weight.device, embedding.weight.dtype
+        prepared = embedder(embedding.weight, batch_size, hidden_dtype)
+        self._embed = prepared or (lambda ids: embedding(ids).to(hidden_dtype))
         self._head = (None if head_weights is None else self._prepare(head_weights)) or head
-        self._mixers: list[MixerStep | None] = []  # one a block
+        self._mixers: list[MixerStep | None] = []  # one a block; None too where memory was given
         self._halves: list[Step] = []  # in the order in which they run
         self.captures = self._device.type == "cuda"  # whether a CUDA graph can hold the steps
-        for block in blocks:
-            self._add(block)
+        self._slots: NextSlots | None = None  # of paged memory
+        states = [None] * len(blocks) if memory is None else memory.layers
+        for block, state in zip(blocks, states, strict=True):
+            if isinstance(block.mixer, Attention) and isinstance(state, PagedKVCache) and active is not None:
+                self._slots = self._slots or NextSlots(block.mixer, state, active)
+        for block, state in zip(blocks, states, strict=True):
+            self._add(block, state)
         self.capturing = False  # a graph: nothing runs now, and each replay makes room for its token itself
         self.moves = 0  # how often memory moved that a graph may hold
 
@@ -71,7 +94,9 @@ class Decoder:
         """Feed one token to each row, ids [b] int64 inside the vocabulary; gives the logits of the next token [b v]."""
         if not self.capturing:
             self.expect_token()
-        hidden = self._embedding(ids).to(self._hidden_dtype)
+        if self._slots is not None:
+            self._slots.step()
+        hidden = self._embed(ids)
         for half in self._halves:
             hidden = half(hidden)
         return self._head(hidden)
@@ -90,13 +115,18 @@ class Decoder:
         """
         return _Captured(self, run) if self.captures else run
 
-    def _add(self, block: Block) -> None:
+    def _add(self, block: Block, memory: State | None) -> None:
         """The steps of one block."""
-        mixer = None if block.mixer is None else self._mixer_step(block.mixer, block.mixer_norm)
-        self._mixers.append(mixer)
-        if mixer is not None:
+        mixer = None
+        if block.mixer is not None and memory is not None:
+            step = self._step_in(memory, block.mixer, block.mixer_norm)
+            self._halves.append(step)
+            self.captures = self.captures and step.static
+        elif block.mixer is not None:
+            mixer = self._mixer_step(block.mixer, block.mixer_norm)
             self._halves.append(mixer)
             self.captures = self.captures and mixer.static
+        self._mixers.append(mixer)
         if block.feed_forward is not None:
             self._halves.append(self._feed_forward_step(block.feed_forward, block.feed_forward_norm))
 
@@ -111,6 +141,19 @@ class Decoder:
         if isinstance(layer, Attention) and isinstance(state, KVCache):
             return StaticAttention(layer, norm, state)
         return layer_step(layer, norm)
+
+    def _step_in(self, memory: State, layer: Mixer, norm: RMSNorm) -> StaticSSM | PagedAttention | Held:
+        """The step of a mixer that overwrites this state."""
+        if isinstance(memory, SSMState):
+            weights = layer.step_weights(norm)
+            prepared = None if weights is None else self._prepare(weights)
+            return StaticSSM(prepared or ssm_forward(layer, norm), memory)
+        if isinstance(layer, Attention) and isinstance(memory, PagedKVCache):
+            assert self._slots is not None  # memory comes with `active`
+            qkv = projection_of(layer.qkv_proj)
+            project = self._prepare(HeadWeights(norm.weight, norm.epsilon, qkv, qkv.weight.shape[0]))
+            return PagedAttention(layer, project or (lambda x: layer.qkv_proj(norm(x))), memory, self._slots)
+        return Held(layer, norm, memory)
 
     def _feed_forward_step(self, layer: MLP | MoE, norm: RMSNorm) -> Step:
         prepared = self._prepare(layer.step_weights(norm))
@@ -140,12 +183,21 @@ class _Captured:
             return self._output
         decoder.expect_token()
         if self._graph is None or self._moves != decoder.moves:
-            self._graph, self._moves = torch.cuda.CUDAGraph(), decoder.moves
-            decoder.capturing = True
-            try:
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                    self._output = self._run()
-            finally:
-                decoder.capturing = False
+            self._capture()
+        assert self._graph is not None
         self._graph.replay()
         return self._output
+
+    def _capture(self) -> None:
+        decoder = self._decoder
+        self._graph, self._moves = torch.cuda.CUDAGraph(), decoder.moves
+        decoder.capturing = True
+        gc_was_enabled = gc.isenabled()
+        gc.disable()  # an old graph that is collected now would end the capture
+        try:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._output = self._run()
+        finally:
+            decoder.capturing = False
+            if gc_was_enabled:
+                gc.enable()

@@ -131,19 +131,20 @@ class LanguageModel(nn.Module):
         aux_loss = self._aux_loss(router, activation)
         loss = logits = None
         if labels is not None:
-            loss = self._loss(self._final_norm(hidden), labels, segments)
+            loss = self._loss(self.normed(hidden), labels, segments)
         elif logits_at != "none":
             logits = self.head(hidden if logits_at == "all" else last_real(hidden, segments))
         return LanguageModelOutput(logits, state, loss, aux_loss, router)
 
-    def _final_norm(self, hidden: Tensor) -> Tensor:
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The residual stream [.. h] after the last layer, through the last norm [.. h]."""
         if isinstance(self.final_norm, nn.LayerNorm):
             return self.final_norm(hidden.to(self.final_norm.weight.dtype))
         return self.final_norm(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """The residual stream [.. h] after the last layer -> logits [.. v]."""
-        hidden = self._final_norm(hidden)
+        hidden = self.normed(hidden)
         logits = linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
         return logits[..., : self.config.vocab_size]
 
@@ -172,7 +173,7 @@ class LanguageModel(nn.Module):
             )
         )
 
-    def decoder(self, batch_size: int) -> Decoder:
+    def decoder(self, batch_size: int, *, memory: ModelState | None = None, active: Tensor | None = None) -> Decoder:
         """A fast form of `model(ids[:, None], state=)` for generation: see Decoder."""
         own_head = WeakMethod(self.head)  # a decoder that is kept must not keep the model
 
@@ -181,7 +182,8 @@ class LanguageModel(nn.Module):
             assert method is not None  # who decodes holds the model
             return method(hidden)
 
-        return Decoder(self.embedding, self.layers, head, self._head_weights(), batch_size, self.stream_dtype)
+        parts = (self.embedding, self.layers, head, self._head_weights())
+        return Decoder(*parts, batch_size, self.stream_dtype, memory, active)
 
     def _head_weights(self) -> HeadWeights | None:
         """What a prepared decoding step of the head reads; None where the last norm is no RMSNorm."""
@@ -229,7 +231,7 @@ class LanguageModel(nn.Module):
             if layer is None or kind is None:
                 if layer is not kind:
                     raise UserError(f"state of layer {index} should be {'absent' if kind is None else kind}; {remedy}")
-            elif (type(layer), layer.row_shape) != kind:
+            elif (layer.kind, layer.row_shape) != kind:
                 have, want = f"{type(layer).__name__} {layer.row_shape}", f"{kind[0].__name__} {kind[1]}"
                 raise UserError(f"state of layer {index} is {have} a row, the model's is {want}; {remedy}")
         if any(expected) and state.batch_size != batch_size:
@@ -239,7 +241,7 @@ class LanguageModel(nn.Module):
     def _state_kinds(self) -> list[tuple[type[State], tuple[int, ...]] | None]:
         """Type and row shape of each layer's state."""
         layers = self.new_state(0).layers
-        return [None if layer is None else (type(layer), layer.row_shape) for layer in layers]
+        return [None if layer is None else (layer.kind, layer.row_shape) for layer in layers]
 
 
 def last_real(hidden: Tensor, segments: Tensor | None) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 from statespan.layers.attention import Attention
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
-from statespan.layers.rotary import rotary_angles, rotate
+from statespan.layers.rotary import rotary_angles
 from statespan.layers.state import KVCache, SSMState, State
 from statespan.ops import causal_conv1d_update
 from statespan.ops.decode_attention import decode_attention
+from statespan.ops.rotary import rotate
 
 GRAIN = 256  # slots of a cache in static memory come in multiples of this
 AHEAD = 1024  # slots that it is given for tokens to come, at most
@@ -168,9 +169,7 @@ class StaticAttention(MixerStep):
         layer, cache = self._layer, self._cache
         qkv = layer.qkv_proj(self._norm(hidden))
         if cache.conv is not None:
-            weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
-            qkv, conv = causal_conv1d_update(cache.conv, qkv, weight, bias, activation=None)
-            cache.conv.copy_(conv)
+            qkv = convolved(layer, qkv, cache.conv)
         heads = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
         query, key, value = qkv.view(len(qkv), 1, -1, layer.head_dim).split(heads, dim=2)
         if layer.config.rope_theta is not None:
@@ -191,6 +190,14 @@ class StaticAttention(MixerStep):
         for count in (cache.next_position, self._slot, self._length):
             count.add_(1)
         return hidden + layer.out_proj(mixed.flatten(1))
+
+
+def convolved(layer: Attention, qkv: Tensor, window: Tensor) -> Tensor:
+    """q, k and v [b c] after the layer's conv, whose window is overwritten."""
+    weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
+    qkv, after = causal_conv1d_update(window, qkv.to(window.dtype), weight, bias, activation=None)
+    window.copy_(after)
+    return qkv
 
 
 def _with_capacity(cache: KVCache, capacity: int) -> KVCache:

@@ -2,6 +2,7 @@
 
 from statespan.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from statespan.ops.decode_attention import decode_attention
+from statespan.ops.decode_attention.paged import paged_decode_attention
 from statespan.ops.grouped_mlp import grouped_mlp
 from statespan.ops.linear import linear, quantize_rows
 from statespan.ops.linear_cross_entropy import linear_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "linear_cross_entropy",
     "mamba1_inner",
     "mamba2_inner",
+    "paged_decode_attention",
     "quantize_rows",
     "rms_norm",
     "selective_scan",

@@ -29,3 +29,23 @@ def decode_attention(
             keys, values = (cache[b, :used, h // heads_each][seen].to(dtype) for cache in (key, value))
             out[b, h] = (keys @ query[b, h].to(dtype) * scale).softmax(0) @ values
     return out.to(query.dtype)
+
+
+def paged_decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    length: Tensor,
+    sliding_window: int | None,
+    scale: float,
+) -> Tensor:
+    """[b h p] of `statespan.ops.paged_decode_attention`: each row's slots in order, then as above."""
+    out = query.new_zeros(query.shape)
+    for b, used in enumerate(length.tolist()):
+        slot = torch.arange(used - min(used, sliding_window or used), used, device=key.device)
+        page = table[b].long()[slot // key.shape[1]]
+        keys, values = (cache[page, slot % key.shape[1]][None] for cache in (key, value))
+        position = torch.zeros(1, len(slot), dtype=torch.int32, device=key.device)
+        out[b] = decode_attention(query[b : b + 1], keys, values, position, None, None, None, scale)[0]
+    return out

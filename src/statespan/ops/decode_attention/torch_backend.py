@@ -32,3 +32,36 @@ def decode_attention(
         enable_gqa=query.shape[1] != key.shape[2],
     )
     return torch.where(seen.any(1)[:, None, None], y[:, :, 0], 0.0)  # SDPA has no answer where nothing is seen
+
+
+def paged_decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    length: Tensor,
+    sliding_window: int | None,
+    scale: float,
+) -> Tensor:
+    """[b h p] of `statespan.ops.paged_decode_attention`, over copies; on a GPU it waits for the lengths."""
+    lengths: list[int] = length.tolist()
+    if not any(lengths):
+        return torch.zeros_like(query)
+    page_size = key.shape[1]
+    first = min(used - min(used, sliding_window or used) for used in lengths) // page_size
+    pages = table[:, first : -(-max(lengths) // page_size)]
+    slot = torch.arange(pages.shape[1] * page_size, device=key.device) + first * page_size
+    seen = slot < length[:, None]
+    if sliding_window is not None:
+        seen &= slot >= length[:, None] - sliding_window
+    # Pages hold what other rows left; a NaN there must not even be multiplied by zero.
+    key, value = (x[pages].flatten(1, 2).masked_fill_(~seen[:, :, None, None], 0) for x in (key, value))
+    y = F.scaled_dot_product_attention(
+        query[:, :, None],
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=seen[:, None, None],
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[2],
+    )
+    return torch.where(length[:, None, None] > 0, y[:, :, 0], 0.0)  # SDPA has no answer where nothing is seen

@@ -43,13 +43,44 @@ def decode_attention(
     scale: float,
 ) -> Tensor:
     """[b h p] of `statespan.ops.decode_attention`."""
+    position, next_position = last_contiguous(position), contiguous(next_position)
+    seen = (position, None, length, next_position)
+    return _run(query, key, value, seen, key.shape[1], sliding_window, scale)
+
+
+def paged_decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    length: Tensor,
+    sliding_window: int | None,
+    scale: float,
+) -> Tensor:
+    """[b h p] of `statespan.ops.paged_decode_attention`."""
+    seen = (None, last_contiguous(table), length.contiguous(), None)
+    page_size = key.shape[1]
+    return _run(query, key, value, seen, table.shape[1] * page_size, sliding_window, scale, page_size)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    capacity: int,
+    sliding_window: int | None,
+    scale: float,
+    page_size: int = 0,
+) -> Tensor:
+    """Launch; seen: position, table, length and next_position."""
     batch, heads, head_dim = query.shape
-    capacity, kv_heads = key.shape[1:3]
+    kv_heads = key.shape[2]
     out = query.new_empty(query.shape)
     if out.numel() == 0 or capacity == 0:
         return out.zero_()
-    query, key, value, position = (last_contiguous(tensor) for tensor in (query, key, value, position))
-    next_position = contiguous(next_position)
+    query, key, value = (last_contiguous(tensor) for tensor in (query, key, value))
+    position, table, length, next_position = seen
     dims = max(16, power_of_two(head_dim))
     slots, stages = _step(dims * key.element_size(), query.device)
     splits = _splits(batch, kv_heads, capacity, slots, query.device)
@@ -62,6 +93,7 @@ def decode_attention(
             key,
             value,
             position,
+            table,
             length,
             next_position,
             out,
@@ -74,13 +106,15 @@ def decode_attention(
             *query.stride()[:2],
             *key.stride()[:3],
             *value.stride()[:3],
-            position.stride(0),
+            0 if position is None else position.stride(0),
+            0 if table is None else table.stride(0),
             splits,
             GROUP=heads // kv_heads,
             HEADS=max(16, power_of_two(heads // kv_heads)),
             DIMS=dims,
             SLOTS=slots,
-            STAGES=stages,
+            STAGES=2 * stages - 1 if page_size and stages == STAGES else stages,  # the table is read before
+            PAGE=page_size,
             num_warps=4,
         )
         if sums is not None:
@@ -90,11 +124,52 @@ def decode_attention(
                 out,
                 capacity,
                 head_dim,
+                sliding_window,
+                heads,
                 batch * heads,
                 splits,
                 DIMS=dims,
                 SLOTS=slots,
                 PARTS=power_of_two(splits),
+                PAGE=page_size,
                 num_warps=4,
             )
     return out
+
+
+def append_token(
+    qkv: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+) -> Tensor:
+    """[b h p] of `statespan.ops.decode_attention.paged.append_token`, qkv as [b h+2g p]."""
+    batch, all_heads, head_dim = qkv.shape
+    kv_heads = key.shape[2]
+    heads = all_heads - 2 * kv_heads
+    qkv = qkv.contiguous()
+    query = torch.empty(batch, heads, head_dim, dtype=key.dtype, device=qkv.device)
+    cos, sin = (None, None) if angles is None else (angle.contiguous() for angle in angles)
+    with on(qkv.device):
+        kernels.append[(batch, all_heads)](
+            qkv,
+            cos,
+            sin,
+            slot,
+            query,
+            key,
+            value,
+            head_dim,
+            qkv.stride(0),
+            *key.stride()[1:3],
+            *value.stride()[1:3],
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            DIMS=power_of_two(head_dim),
+            HALF=0 if cos is None else cos.shape[-1],
+            INTERLEAVED=interleaved,
+            num_warps=1 if head_dim <= 128 else 4,
+        )
+    return query

@@ -52,6 +52,8 @@ def prepare(
 
     Numerics: what passes between the parts is float32, whatever the weights are; it is not rounded on the way.
     """
+    if not all(value.plain for value in vars(weights).values() if isinstance(value, Projection)):
+        return None
     device = weights.norm.device
     backend = _module(resolve(OPS[type(weights)], "auto", device, hidden_dtype, conv_dtype))
     if backend is None:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from statespan.ops.activation import activate
-from statespan.ops.arguments import DISCRETIZATIONS
+from statespan.ops.decode_step import many
 from statespan.ops.decode_step.launch import Launch
 from statespan.ops.decode_step.project import (
     FEW_ROWS,
@@ -23,12 +22,10 @@ from statespan.ops.decode_step.project import (
     aligned,
     fits,
 )
+from statespan.ops.decode_step.update import Update, mamba2_update
 from statespan.ops.decode_step.weights import FeedForwardWeights, HeadWeights, Mamba1Weights, Mamba2Weights, Projection
-from statespan.ops.linear import linear
-from statespan.ops.rms_norm import gated_rms_norm, rms_norm
 
 MixerCall = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-UPDATE_WARPS = 4
 ROUTE_WARPS = 16
 
 
@@ -56,7 +53,7 @@ def mamba1(w: Mamba1Weights, rows: int, hidden_dtype: torch.dtype, conv_dtype: t
         return None
     rank = w.dt_proj.weight.shape[1]
     if rows > FEW_ROWS or not _few(rows, *projections) or w.dt_proj.weight.data_ptr() % 16:
-        return _mamba1_many(w, rows, conv_dtype)
+        return many.mamba1(w, rows, hidden_dtype, conv_dtype)
     device, (channels, states) = w.norm.device, w.A_log.shape
     new = _scratch(device)
     conv = Convolved(0, w.conv_weight, w.conv_bias, conv_dtype)
@@ -77,44 +74,15 @@ def mamba1(w: Mamba1Weights, rows: int, hidden_dtype: torch.dtype, conv_dtype: t
     return step
 
 
-def _mamba1_many(w: Mamba1Weights, rows: int, conv_dtype: torch.dtype) -> MixerCall:
-    (channels, states), rank = w.A_log.shape, w.dt_proj.weight.shape[1]
-    update = Update(w, rows, w.norm.dtype, channels, 1, states)
-    convolve = Convolve(Convolved(0, w.conv_weight, w.conv_bias, conv_dtype), rows, w.norm.dtype)
-
-    def step(hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projected = _linear(rms_norm(hidden, w.norm, eps=w.norm_epsilon), w.in_proj)
-        convolve(projected[:, :channels], conv_state)
-        x, z = projected[:, :channels], projected[:, channels:]
-        dt, B, C = _linear(x, w.x_proj).split([rank, states, states], dim=1)
-        if w.inner_norms:
-            pairs = zip((dt, B, C), w.inner_norms, strict=True)
-            dt, B, C = (rms_norm(value, norm, eps=w.inner_norm_epsilon) for value, norm in pairs)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        update(x, z, _linear(dt, w.dt_proj), B, C, ssm_state, y)
-        return _add(hidden, y, w.out_proj), conv_state, ssm_state
-
-    return step
-
-
 def mamba2(w: Mamba2Weights, rows: int, hidden_dtype: torch.dtype, conv_dtype: torch.dtype) -> MixerCall | None:
     """The prepared step, see `statespan.ops.decode_step.prepare`."""
     small = [w.norm, w.conv_weight, w.conv_bias, w.gate_norm]
     if not _runs([w.in_proj, w.out_proj], small, [w.dt_bias, w.A_log, w.D]):
         return None
-    inner, heads, conv_size = w.out_proj.weight.shape[1], w.A_log.shape[0], w.conv_weight.shape[0]
-    bc_size = (conv_size - inner) // 2
-    few = rows <= FEW_ROWS and _few(rows, w.in_proj, w.out_proj)
-    dtype = torch.float32 if few else w.norm.dtype
-    update = Update(w, rows, dtype, inner // heads, heads, w.state_size, group_heads=heads * w.state_size // bc_size)
-
-    def recur(projected: Tensor, y: Tensor, ssm_state: Tensor) -> None:
-        x, B, C = (projected[:, inner + skip :] for skip in (0, inner, inner + bc_size))
-        ahead = w.out_proj.weight if few else None
-        update(x, None, projected[:, inner + conv_size :], B, C, ssm_state, y, ahead=ahead)
-
-    if not few:
-        return _mamba2_many(w, rows, conv_dtype, recur)
+    if not _few(rows, w.in_proj, w.out_proj):
+        return many.mamba2(w, rows, hidden_dtype, conv_dtype)
+    inner = w.out_proj.weight.shape[1]
+    update = mamba2_update(w, rows, torch.float32)
     new = _scratch(w.norm.device)
     conv = Convolved(inner, w.conv_weight, w.conv_bias, conv_dtype)
     into = Product(w.in_proj, rows, hidden_dtype, before=Normed(w.norm, w.norm_epsilon), after=conv)
@@ -124,35 +92,9 @@ def mamba2(w: Mamba2Weights, rows: int, hidden_dtype: torch.dtype, conv_dtype: t
 
     def step(hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         into(hidden, projected, conv_state=conv_state)
-        recur(projected, y, ssm_state)
+        update(projected, ssm_state, y, w.out_proj.weight)
         out(y, hidden, z=projected)
         return hidden, conv_state, ssm_state
-
-    return step
-
-
-def _mamba2_many(
-    w: Mamba2Weights,
-    rows: int,
-    conv_dtype: torch.dtype,
-    recur: Callable[[Tensor, Tensor, Tensor], None],
-) -> MixerCall:
-    inner = w.out_proj.weight.shape[1]
-    conv_size = w.conv_weight.shape[0]
-    convolve = Convolve(Convolved(inner, w.conv_weight, w.conv_bias, conv_dtype), rows, w.norm.dtype)
-
-    def step(hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projected = _linear(rms_norm(hidden, w.norm, eps=w.norm_epsilon), w.in_proj)
-        convolve(projected[:, inner : inner + conv_size], conv_state)
-        z = projected[:, :inner]
-        y = torch.empty_like(z, memory_format=torch.contiguous_format)
-        recur(projected, y, ssm_state)
-        if w.gate_norm is None:
-            y = y * torch.nn.functional.silu(z)
-        else:
-            size, first = w.gate_norm_size, w.norm_before_gate
-            y = gated_rms_norm(y, z, w.gate_norm, eps=w.gate_norm_epsilon, group_size=size, norm_before_gate=first)
-        return _add(hidden, y, w.out_proj), conv_state, ssm_state
 
     return step
 
@@ -163,14 +105,7 @@ def feed_forward(w: FeedForwardWeights, rows: int, hidden_dtype: torch.dtype) ->
     top_k = 0 if w.router is None else w.router.top_k
     if few and _few(rows, w.up_proj) and _few(top_k or rows, w.down_proj):
         return _experts(w, rows, hidden_dtype) if top_k else _dense(w, rows, hidden_dtype)
-    if top_k:
-        return None
-
-    def step(hidden: Tensor) -> Tensor:
-        inner = _linear(rms_norm(hidden, w.norm, eps=w.norm_epsilon), w.up_proj)
-        return _add(hidden, activate(inner, w.activation), w.down_proj)
-
-    return step
+    return None if top_k else many.feed_forward(w, rows, hidden_dtype)
 
 
 def _dense(w: FeedForwardWeights, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -223,8 +158,10 @@ def _experts(w: FeedForwardWeights, rows: int, hidden_dtype: torch.dtype) -> Cal
 
 def head(w: HeadWeights, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
     """The prepared step, see `statespan.ops.decode_step.prepare`."""
-    if not _runs([w.projection], [w.norm], []) or not _few(rows, w.projection):
+    if not _runs([w.projection], [w.norm], []):
         return None
+    if not _few(rows, w.projection):
+        return many.head(w, rows, hidden_dtype)
     before = Normed(w.norm, w.norm_epsilon)
     product = Product(w.projection, rows, hidden_dtype, before=before, outputs=w.outputs)
 
@@ -234,84 +171,6 @@ def head(w: HeadWeights, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tens
         return logits
 
     return step
-
-
-class Update:
-    """The recurrence of update.cu, in place."""
-
-    def __init__(
-        self,
-        w: Mamba1Weights | Mamba2Weights,
-        rows: int,
-        dtype: torch.dtype,
-        head_size: int,
-        heads: int,
-        states: int,
-        *,
-        rank: int = 0,
-        group_heads: int = 1,
-    ) -> None:
-        ssd = isinstance(w, Mamba2Weights)
-        self._w, self._heads, self._sizes = w, heads, (heads, head_size, group_heads)
-        norms = () if isinstance(w, Mamba2Weights) or rank == 0 else w.inner_norms
-        self._norms = norms or (None, None, None)
-        self._dt_proj = w.dt_proj if isinstance(w, Mamba1Weights) and rank else Projection(w.D)
-        shared_by = 4 if states <= 16 else 8 if states <= 32 else 16 if states <= 64 else 32
-        tile = 4 if ssd and states > 64 else 1
-        low, high = w.dt_limit if isinstance(w, Mamba2Weights) else (0.0, float("inf"))
-        macros: dict[str, str | int] = {
-            **{"X": TYPES[dtype], "W": TYPES[self._dt_proj.weight.dtype], "P": TYPES[w.norm.dtype], "STATES": states},
-            **{"SHARED_BY": shared_by, "TILE": tile, "WARPS": UPDATE_WARPS, "SSD": int(ssd), "RANK": rank},
-            **{"NORMS": int(bool(norms)), "DISCRETIZATION": DISCRETIZATIONS[w.discretization]},
-            **{"EPSILON": f"{w.inner_norm_epsilon if isinstance(w, Mamba1Weights) else 0.0:.9e}f"},
-            **{"LOW": f"{low:.9e}f", "HIGH": f"{min(high, 3e38):.9e}f"},
-        }
-        tiles = -(-head_size // (32 * UPDATE_WARPS // shared_by * tile))
-        self._launch = Launch("update", w.norm.device, (heads * tiles, rows), 32 * UPDATE_WARPS, macros)
-
-    def __call__(
-        self,
-        x: Tensor,
-        z: Tensor | None,
-        dt: Tensor,
-        B: Tensor,
-        C: Tensor,
-        state: Tensor,
-        y: Tensor,
-        ahead: Tensor | None = None,
-    ) -> None:
-        """x, z and y [rows channels], dt what dt_proj is fed or what it gave, B and C [rows groups * states]."""
-        of_z = (None, 0) if z is None else (z, z.stride(0))
-        self._launch(
-            *(x, x.stride(0), *of_z, dt, dt.stride(0), B, B.stride(0), C, C.stride(0)),
-            *(self._dt_proj.weight, self._dt_proj.scale, self._w.dt_bias, *self._norms),
-            *(self._w.A_log, self._w.D, state, y, y.stride(0), *self._sizes),
-            *(ahead, 0 if ahead is None else ahead.nbytes // 16 * 16),
-        )
-
-
-class Convolve:
-    """The conv and SiLU of convolve.cu, in place."""
-
-    def __init__(self, conv: Convolved, rows: int, dtype: torch.dtype) -> None:
-        self._weight, self._bias = weight, _ = conv.weight, conv.bias
-        macros: dict[str, str | int] = {"X": TYPES[dtype], "S": TYPES[conv.state_dtype], "P": TYPES[weight.dtype]}
-        grid = (-(-weight.shape[0] // 128), rows)
-        self._launch = Launch("convolve", weight.device, grid, 128, macros | {"TAPS": weight.shape[1]})
-
-    def __call__(self, x: Tensor, window: Tensor) -> None:
-        self._launch(x, x.stride(0), window, self._weight, self._bias, self._weight.shape[0])
-
-
-def _linear(x: Tensor, projection: Projection) -> Tensor:
-    return linear(x, projection.weight, projection.bias, scale=projection.scale)
-
-
-def _add(hidden: Tensor, x: Tensor, projection: Projection) -> Tensor:
-    """hidden += W x"""
-    if projection.scale is None and projection.bias is None and hidden.dtype == projection.weight.dtype:
-        return hidden.addmm_(x, projection.weight.t())
-    return hidden.add_(_linear(x, projection))
 
 
 def _scratch(device: torch.device) -> Callable[[int, int], Tensor]:

@@ -1,7 +1,7 @@
 """A kernel of a decoding step with everything but its addresses fixed, launched so that it may begin early."""
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,33 @@ class Launch:
         threads: int,
         macros: Mapping[str, str | int],
         shared_bytes: int = 0,
+        cluster: int = 1,  # blocks that work together; `grid` counts such groups
     ) -> None:
-        core, capability = cuda_core(), torch.cuda.get_device_capability(device)
+        capability = torch.cuda.get_device_capability(device)
         self._device = device
         self._kernel = _load(name, device.index, "sm_{}{}".format(*capability), tuple(sorted(macros.items())))
-        early = {"programmatic_stream_serialization": True} if capability >= (9, 0) and _has_early_launches() else {}
-        self._config = core.LaunchConfig(grid=(*grid, 1), block=threads, shmem_size=shared_bytes, **early)
+        self._options: dict[str, Any] = {"grid": (*grid, 1), "block": threads, "shmem_size": shared_bytes}
+        if capability >= (9, 0) and _has_early_launches():
+            self._options["programmatic_stream_serialization"] = True
+        if cluster > 1:
+            self._options["cluster"] = (cluster, 1, 1)
         if shared_bytes > UNASKED_BYTES:
             _allow_shared(self._kernel, device.index, shared_bytes)
+
+    @cached_property
+    def _config(self) -> Any:
+        return cuda_core().LaunchConfig(**self._options)
 
     def __call__(self, *arguments: Tensor | int | None) -> None:
         values = [0 if a is None else a if isinstance(a, int) else a.data_ptr() for a in arguments]
         handle = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):
             cuda_core().launch(_stream(handle), self._config, self._kernel, *values)
+
+
+def clusters(device: torch.device, size: int) -> bool:
+    """Whether blocks can be launched in groups of `size`."""
+    return size == 1 or (torch.cuda.get_device_capability(device) >= (9, 0) and _has_early_launches())
 
 
 @cache

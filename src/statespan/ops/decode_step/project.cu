@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) project(
             if (chunk < CHUNKS * SUMMED) {
                 float w[J][V];
 #pragma unroll
-                for (int j = 0; j < J; j++) unpack(W{}, from_ring(ring + (item % DEPTH * J + j) * THREADS * 16), w[j]);
+                for (int j = 0; j < J; j++) unpack(W{}, load_shared(ring + (item % DEPTH * J + j) * THREADS * 16), w[j]);
                 if (SUMMED > 1 && scale) {
                     int choice = chunk / CHUNKS;
                     i64 e = expert[0];

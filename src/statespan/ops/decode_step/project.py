@@ -14,8 +14,9 @@ ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "swiglu": 0, "geglu": 2}
 FEW_ROWS = 8
 WARPS = 8
 BLOCKS = 2  # of a multiprocessor
-LOADS = 8  # of 16 bytes, that a lane has in its ring
-RING_BYTES = LOADS * 16 * 32 * WARPS
+LOADS = 8  # of 16 bytes, that a lane has in its ring; twice as many for one row
+LOAD_BYTES = 16 * 32 * WARPS
+RING_BYTES = LOADS * LOAD_BYTES
 OWN_BYTES = 4 << 10  # of shared memory, for sums and factors, at most
 
 
@@ -152,10 +153,13 @@ class Plan:
         blocks = -(-made * (2 if pairs else 1) * share // (at_a_time * WARPS))
         turns = -(-blocks // (BLOCKS * processors))
         self.blocks = -(-blocks // turns)
-        self.shared_bytes = 4 * max(rows, summed) * chunks * span + RING_BYTES
+        x_bytes = 4 * max(rows, summed) * chunks * span
+        deeper = rows == 1 and x_bytes + 2 * RING_BYTES + OWN_BYTES <= shared_memory(weight.device) // BLOCKS
+        loads = 2 * LOADS if deeper else LOADS
+        self.shared_bytes = x_bytes + loads * LOAD_BYTES
         self.macros: dict[str, str | int] = {
             "J": at_a_time,
-            "DEPTH": LOADS // at_a_time,
+            "DEPTH": loads // at_a_time,
             "SPLIT": share,
             "WARPS": WARPS,
         }

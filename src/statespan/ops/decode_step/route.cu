@@ -59,8 +59,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
         }
         scores[k] = SIGMOID ? sigmoid(best) : exp2_(LOG2E * (best - largest)) / total;
         kept += scores[k];
-        if (lane == 0) chosen[row * CHOICES + k] = place, logits[place] = -3.4e38f;
-        __syncwarp();
+        if (lane == 0) chosen[row * CHOICES + k] = place;
+        if (lane == place % 32) logits[place] = -3.4e38f;  // which no other lane reads
     }
 #pragma unroll
     for (int k = 0; k < CHOICES; k++)

@@ -21,21 +21,27 @@ INLINE void copy16(u32 to, const void* from, bool there) {
 INLINE void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> INLINE void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
-INLINE uint4 from_ring(u32 place) {
+INLINE uint4 load_shared(u32 place) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(place) : "memory");
     return x;
 }
 
-// Has weights of a later kernel brought to L2 by the blocks of this one, which leaves memory idle. Nobody waits for it.
+// Some multiple of 16 bytes; nobody waits for them.
+INLINE void bring_to_l2(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// Has weights of a later kernel brought to L2 by the blocks of this one, which leaves memory idle.
 INLINE void bring_ahead(const void* weights, i64 bytes) {
 #if __CUDA_ARCH__ >= 900
     constexpr int PIECE = 2048;
     if (threadIdx.x >= 32) return;
     i64 blocks = i64(gridDim.x) * gridDim.y, block = i64(blockIdx.y) * gridDim.x + blockIdx.x;
     for (i64 at = (block * 32 + threadIdx.x) * PIECE; at < bytes; at += blocks * 32 * PIECE)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const char*>(weights) + at),
-                     "r"(u32(min(i64(PIECE), bytes - at))) : "memory");
+        bring_to_l2(static_cast<const char*>(weights) + at, u32(min(i64(PIECE), bytes - at)));
 #endif
 }
 
@@ -49,6 +55,16 @@ INLINE uint4 early16(const void* from) {
     uint4 x;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
     return x;
+}
+
+INLINE float4 early4(const float* from) {
+    uint4 x = early16(from);
+    return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+}
+template <class T> INLINE float4 early4(const T* from) {
+    u32 a, b;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(from) : "memory");
+    return {low(T{}, a), high(T{}, a), low(T{}, b), high(T{}, b)};
 }
 
 // What another kernel wrote comes from L2: it may be newer than a line in L1.
@@ -80,6 +96,8 @@ INLINE float value(int8 x) { return x.bits; }
 template <class T> INLINE float value(T x) { return low(T{}, x.bits); }
 INLINE void put(float* to, float x) { *to = x; }
 template <class T> INLINE void put(T* to, float x) { to->bits = u16(pair(T{}, x, 0.0f)); }
+INLINE void put4(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
+template <class T> INLINE void put4(T* to, float4 x) { *reinterpret_cast<uint2*>(to) = {pair(T{}, x.x, x.y), pair(T{}, x.z, x.w)}; }
 // Four parameters, aligned to four of them.
 INLINE float4 value4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 template <class T> INLINE float4 value4(const T* from) {
@@ -111,5 +129,6 @@ INLINE float sum_of_warp(float x) {
 }
 INLINE float silu(float x) { return x * sigmoid(x); }
 INLINE float dot4(float4 a, float4 b) { return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, a.w * b.w))); }
+INLINE float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 INLINE float4 times(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
 INLINE float4 times(float4 a, float b) { return {a.x * b, a.y * b, a.z * b, a.w * b}; }

@@ -6,6 +6,7 @@
 // SSD); NORMS: RMSNorm of dt, B and C, with EPSILON; DISCRETIZATION: 0 mamba, 1 zoh, 2 bilinear; LOW, HIGH: limits of dt.
 
 #include "step.cuh"
+#include "recurrence.cuh"
 
 constexpr int THREADS = 32 * WARPS, AT_ONCE = THREADS / SHARED_BY, ROWS = AT_ONCE * TILE;
 constexpr int PIECES = (STATES + 4 * SHARED_BY - 1) / (4 * SHARED_BY);  // of 4 states a lane
@@ -30,24 +31,6 @@ INLINE void row_early(float (&to)[4 * PIECES], const float* from, int part, bool
         to[4 * q] = __uint_as_float(four.x), to[4 * q + 1] = __uint_as_float(four.y);
         to[4 * q + 2] = __uint_as_float(four.z), to[4 * q + 3] = __uint_as_float(four.w);
     }
-}
-
-struct Discrete { float decay, input; };
-INLINE Discrete discretize(float dt, float A) {
-    float step = dt * A;
-    if (DISCRETIZATION == 2) {
-        float over = 1.0f / (1.0f - 0.5f * step);
-        return {(1.0f + 0.5f * step) * over, dt * over};
-    }
-    float decay = exp2_(LOG2E * step);
-    if (DISCRETIZATION == 0) return {decay, dt};
-    float mean = (decay - 1.0f) / step;  // (e^s - 1) / s, as a series where that cancels
-    if (fabsf(step) < 0.5f) {
-        mean = 1.0f;
-#pragma unroll
-        for (int i = 8; i > 1; i--) mean = fmaf(mean, step / i, 1.0f);
-    }
-    return {decay, dt * mean};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) update(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import Parameter
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,11 @@ class Projection:
     weight: Tensor  # float32, bfloat16 or int8
     scale: Tensor | None = None  # [o] or [e o] float32, of int8 weights
     bias: Tensor | None = None  # [o] or [e o]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weight is an ordinary tensor; a library's packed one is for that library's own product."""
+        return type(self.weight) in (Tensor, Parameter)
 
 
 @dataclass(frozen=True)

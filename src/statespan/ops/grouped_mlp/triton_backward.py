@@ -25,7 +25,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, expert_weight and the experts' parameters; None where there is no bias."""
     up_proj, down_proj = experts.up_proj, experts.down_proj
-    grad_x, grad_weight = x.new_empty(x.shape), torch.zeros_like(expert_weight, dtype=torch.float32)
+    grad_x, grad_weight = x.new_empty(x.shape), expert_weight.new_zeros(expert_weight.shape, dtype=torch.float32)
     grad_up, grad_down = (proj.new_empty(proj.shape) for proj in (up_proj, down_proj))
     biases = [None if bias is None else bias.new_empty(bias.shape) for bias in (experts.up_bias, experts.down_bias)]
     found = (grad_x, grad_weight, grad_up, grad_down, *biases)

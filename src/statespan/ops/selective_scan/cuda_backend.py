@@ -79,7 +79,7 @@ def gradients(
         *(address(grad_initial), address(of_matrices), work.split, work.tiles_a_block, *scan.sizes),
     )
     grad_B, grad_C = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
-    grad_A, (grad_D, grad_bias) = new(A.shape), new((2, scan.channels))
+    grad_A, grad_D, grad_bias = new(A.shape), new(scan.channels), new(scan.channels)  # an op's outputs share no memory
     work.sums(
         *(address(of_matrices), work.blocks, address(of_A), address(of_channels), scan.batch * work.splits),
         *(address(grad_B), address(grad_C), address(grad_A), address(grad_D), address(grad_bias)),

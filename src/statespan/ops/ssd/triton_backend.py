@@ -376,12 +376,17 @@ class Scan:
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """y and the final state of `statespan.ops.ssd`."""
-    with on(inputs.x.device):
+    x = inputs.x
+    if x.numel() == 0:  # no rows
+        return x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], inputs.B.shape[3], dtype=torch.float32)
+    with on(x.device):
         return Scan(inputs, options).outputs()
 
 
 def backward(grad_y: Tensor, grad_final: Tensor, inputs: Inputs, options: Options) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, dt_bias and initial_state in their dtypes; None where the input is None."""
+    if inputs.x.numel() == 0:
+        return tuple(None if value is None else value.new_zeros(value.shape) for value in inputs.differentiable)
     with on(inputs.x.device):
         found = Scan(inputs, options).gradients(grad_y, grad_final)
     return tuple(

@@ -133,7 +133,13 @@ def gradients(
         grad_pairs += products * decay
         # A step's decay is in the pairs on both sides of it. Summing these and no others keeps the gradient of a
         # strong decay exact.
-        later = tl.dot((products * matrix).to(NARROW), from_here, input_precision=PRECISION)
+        pairs = products * matrix
+        rounded = pairs.to(NARROW)
+        if keys.dtype == tl.bfloat16:  # an error here would count for every step between the two tokens
+            later = tl.dot((pairs - rounded.to(tl.float32)).to(NARROW), from_here)
+            later = tl.dot(rounded, from_here, later)
+        else:
+            later = tl.dot(rounded, from_here, input_precision=PRECISION)
         tl.store(to + q, tl.sum(tl.where(q[:, None] < q[None], later, 0.0), 0))
 
         # What the state before the chunk and the gradient after it add.

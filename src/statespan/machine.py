@@ -5,13 +5,16 @@ import platform
 import subprocess
 from pathlib import Path
 
-import torch
 
+def describe_machine(device: str = "cpu") -> dict[str, str]:
+    """Rows for a report: processor or GPU, cores in use, memory format of their vectors, system and versions."""
+    import torch
 
-def describe_machine() -> dict[str, str]:
-    """Rows for a report: processor, cores in use, memory format of its vectors, system and versions."""
+    processor = f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
+    if torch.device(device).type == "cuda":
+        processor = f"{torch.cuda.get_device_name(torch.device(device))}, host {processor}"
     return {
-        "processor": f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "processor": processor,
         "cores": f"{usable_cores()} usable, {torch.get_num_threads()} threads used by PyTorch",
         "system": f"{platform.system()} {platform.machine()}",
         "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",

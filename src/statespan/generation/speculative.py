@@ -1,0 +1,262 @@
+"""Speculative decoding with exact rollback: drafts are verified in one forward, and nothing unverified is kept.
+
+A verify forward starts from the committed state and feeds each row's `pending` tokens, which are chosen and not yet
+absorbed (the newest at least), and its drafts. Where all drafts of a row are accepted, the row's new state is
+committed. Otherwise its old state stays, which is the rollback of SSM, conv and cached keys at once, and the accepted
+tokens join `pending`: the next forward feeds them again, at the cost of a longer row and not of another forward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from weakref import finalize, ref
+
+import torch
+from torch import Tensor
+
+from statespan.errors import UserError
+from statespan.generation.acceptance import RandomNumbers, Verdict, judge
+from statespan.generation.batch import TokenLogprob, token_logprobs
+from statespan.generation.drafters import Draft, Drafter, feed, reclaim
+from statespan.generation.options import GenerationOptions
+from statespan.generation.pace import Pace
+from statespan.generation.verifier import Forwards, give_back, take
+from statespan.layers.state import KVCache, ModelState, State
+from statespan.models.language_model import LanguageModel
+
+MOST_PENDING = 16  # tokens; a row with more of them is fed without drafts, which commits it
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How to speculate. Greedy tokens are those of plain decoding, sampled ones have exactly the model's distribution.
+
+    With a drafter that leaves nothing to chance (PromptLookup, SubwordDrafter, and any with greedy options) a seed
+    gives the tokens that it gives without speculation, too.
+    """
+
+    drafter: Drafter
+    num_drafts: int = 6  # tokens proposed a row and step, at most
+    adaptive: bool = True  # measure both ways, and speculate only while that is faster
+
+    def __post_init__(self) -> None:
+        if self.num_drafts < 1:
+            raise UserError(f"num_drafts must be at least 1, got {self.num_drafts}")
+
+
+@dataclass
+class SpeculationReport:
+    """What speculation did in one call of generate, all rows together. It counts until the call ends."""
+
+    verify_steps: int = 0
+    plain_steps: int = 0
+    tokens: int = 0  # all new ones but each row's first
+    drafted: int = 0
+    accepted: int = 0  # of those drafted
+
+    @property
+    def acceptance(self) -> float:
+        """Fraction of the drafted tokens that were accepted; 0 without any."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class SpeculativeBatch:
+    """The rows that are still being generated, as DecodeBatch, but a step gives each row one token or several."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        logits: Tensor,
+        state: ModelState,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        options: GenerationOptions,
+        speculation: Speculation,
+    ) -> None:
+        """`logits` [b v] and `state` come from `absorb`; `prompts` are the tokens that it was fed."""
+        self.report = SpeculationReport()
+        self._model, self._options, self._speculation = model, options, speculation
+        self._texts = [list(prompt) for prompt in prompts]
+        self._numbers = [RandomNumbers(torch.Generator().manual_seed(seed)) for seed in seeds]
+        self._left = [options.max_new_tokens] * len(seeds)
+        self._drafting = speculation.drafter.begin(model, options, seeds)
+        self._pace = Pace() if speculation.adaptive else None
+        self._holds = [take(model, len(seeds))]
+        finalize(self, _end, ref(model), self._holds)
+        self._in_steps = False  # the committed state is that of the steps, and `_state` an old one
+        self._state = self._before = state  # committed: now, and before the last step
+        self._waiting: list[list[int]] = [[] for _ in seeds]  # what `_before` had not absorbed
+        self._pending: list[list[int]] = []  # the same of the committed state
+        self._verdicts: list[Verdict] = []
+        self._logits = logits  # [n v] float32, at all places of the last step
+        self._due = True  # a step: the first one has its logits
+
+    @property
+    def _forwards(self) -> Forwards:
+        return self._holds[0]
+
+    @torch.inference_mode()
+    def choose(self) -> list[tuple[int, ...]]:
+        """The new tokens of each row, in order."""
+        if self._due and self._verdicts:
+            self._advance()
+        elif self._due:
+            self._settle(self._logits.float(), [Draft()] * len(self._texts))
+            self._pending = [list(verdict.ids) for verdict in self._verdicts]
+        self._due = False
+        return [verdict.ids for verdict in self._verdicts]
+
+    def advance(self) -> None:
+        """Go on, when the next tokens are asked for."""
+        self._due = True
+
+    def logprobs(self) -> list[tuple[TokenLogprob, ...]]:
+        """Log-probabilities of the tokens just chosen, and of the most likely ones."""
+        sizes = [verdict.num_drafted + 1 for verdict in self._verdicts]
+        rows = zip(self._logits.split(sizes), self._verdicts, strict=True)
+        return [
+            tuple(token_logprobs(logits[: len(verdict.ids)], verdict.ids, self._options.num_top))
+            for logits, verdict in rows
+        ]
+
+    def _advance(self) -> None:
+        """Go on by a verify forward, or by a plain step where speculation does not pay or nothing was drafted."""
+        started = perf_counter()
+        drafts = self._propose()
+        drafted = sum(len(draft.ids) for draft in drafts)
+        if plain := not drafted and all(len(tokens) == 1 for tokens in self._pending):
+            self._step_plainly(drafts)
+        else:
+            self._verify_drafts(drafts)
+        tokens = sum(len(verdict.ids) for verdict in self._verdicts)
+        report = self.report
+        report.plain_steps, report.verify_steps = report.plain_steps + plain, report.verify_steps + (not plain)
+        report.tokens, report.drafted = report.tokens + tokens, report.drafted + drafted
+        report.accepted += sum(verdict.num_accepted for verdict in self._verdicts)
+        if self._pace is not None:
+            self._pace.note(not plain, perf_counter() - started, tokens)
+
+    def _propose(self) -> list[Draft]:
+        nothing = [Draft()] * len(self._texts)
+        if self._pace is not None and not self._pace.speculating:
+            return nothing
+        most = self._speculation.num_drafts
+        counts = [
+            0 if len(pending) > MOST_PENDING else min(most, left - 1)
+            for pending, left in zip(self._pending, self._left, strict=True)
+        ]
+        return self._drafting.propose(self._texts, counts) if any(counts) else nothing
+
+    def _step_plainly(self, drafts: Sequence[Draft]) -> None:
+        """One token a row through the decoder."""
+        if not self._in_steps:
+            self._forwards.step.start(self._state, max(self._left))
+            self._in_steps = True
+        logits = self._forwards.step([tokens[0] for tokens in self._pending])
+        self._settle(logits.float(), drafts)
+        self._pending = [list(verdict.ids) for verdict in self._verdicts]
+
+    def _verify_drafts(self, drafts: Sequence[Draft]) -> None:
+        """Pending and drafted tokens of all rows in one forward."""
+        state = self._committed()
+        reclaim(state)
+        rows = [[*pending, *draft.ids] for pending, draft in zip(self._pending, drafts, strict=True)]
+        found = self._forwards.verify(self._model, rows, state)
+        ends = zip(found.logits, drafts, strict=True)
+        self._settle(torch.cat([row[len(row) - len(draft.ids) - 1 :] for row, draft in ends]).float(), drafts)
+        whole = [verdict.whole for verdict in self._verdicts]
+        self._state = commit(found.before, found.after, whole, found.num_tokens)
+        self._before, self._waiting = found.before, self._pending
+        self._pending = [
+            [verdict.ids[-1]] if verdict.whole else [*waiting, *verdict.ids]
+            for verdict, waiting in zip(self._verdicts, self._waiting, strict=True)
+        ]
+
+    def _settle(self, logits: Tensor, drafts: Sequence[Draft]) -> None:
+        """Accept, reject and choose, from the logits [n v] at all places that count."""
+        self._logits = logits
+        self._verdicts = judge(logits, drafts, self._options, self._numbers, self._seen(logits, drafts))
+        for row, verdict in enumerate(self._verdicts):
+            self._texts[row] += verdict.ids
+            self._left[row] -= len(verdict.ids)
+
+    def _seen(self, logits: Tensor, drafts: Sequence[Draft]) -> Tensor | None:
+        """[n v] bool: the tokens of the text before each place, drafts included."""
+        if self._options.repetition_penalty == 1:
+            return None
+        seen = torch.zeros(logits.shape, dtype=torch.bool)
+        place = 0
+        for text, draft in zip(self._texts, drafts, strict=True):
+            rows = seen[place : place + len(draft.ids) + 1]
+            rows[:, text] = True
+            for count, token in enumerate(draft.ids, 1):
+                rows[count:, token] = True
+            place += len(rows)
+        return seen.to(logits.device)
+
+    def _committed(self) -> ModelState:
+        if self._in_steps:
+            self._state, self._in_steps = self._forwards.step.state(), False
+        return self._state
+
+    @torch.inference_mode()
+    def state_of(self, place: int, count: int) -> tuple[ModelState, int]:
+        """A state and its row that has absorbed this row's text up to the first `count` tokens of this step, but for
+        the newest of them."""
+        verdict = self._verdicts[place]
+        if verdict.whole and count == len(verdict.ids):
+            return self._committed(), place
+        waiting = [*self._waiting[place], *verdict.ids[: count - 1]]
+        state = self._before.select(torch.tensor([place]))
+        return (feed(self._model, [waiting], state)[1] if waiting else state), 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        with torch.inference_mode():
+            self._state = self._committed().select(torch.tensor(rows))
+        self._drafting.keep(rows)
+        give_back(self._model, self._holds[0])
+        self._holds[0] = take(self._model, len(rows))
+        self._texts = [self._texts[row] for row in rows]
+        self._numbers = [self._numbers[row] for row in rows]
+        self._left = [self._left[row] for row in rows]
+        self._pending = [self._pending[row] for row in rows]
+
+
+def _end(model: "ref[LanguageModel]", holds: list[Forwards]) -> None:
+    """Outside the batch, which must be free to go."""
+    give_back(model(), holds[0])
+
+
+def commit(before: ModelState, after: ModelState, taken: Sequence[bool], num_new: int) -> ModelState:
+    """The state of a batch whose rows go on from `after` where they are taken, and from `before` elsewhere.
+
+    Args:
+        before: of b rows. Its caches may have been appended to since; these slots are hidden from rows not taken.
+        after: what a forward of `num_new` tokens a row (padding included) made of it. Not to be used any more.
+        taken: one a row.
+    """
+    if all(taken):
+        return after
+    if not any(taken):
+        return before
+    device = next(tensor.device for layer in after.layers if layer is not None for tensor in layer.tensors().values())
+    rows = torch.tensor(taken, device=device)
+    pairs = zip(before.layers, after.layers, strict=True)
+    return ModelState(
+        tuple(None if old is None or new is None else _mixed(old, new, rows, num_new) for old, new in pairs)
+    )
+
+
+def _mixed(before: State, after: State, taken: Tensor, num_new: int) -> State:
+    if isinstance(before, KVCache) and isinstance(after, KVCache):
+        after.position[:, after.length - num_new : after.length].masked_fill_(~taken.unsqueeze(1), -1)
+        counts = torch.where(taken, after.next_position, before.next_position)
+        conv = None if after.conv is None or before.conv is None else _rows(taken, after.conv, before.conv)
+        return replace(after, next_position=counts, conv=conv, dense=False)
+    old = before.tensors()
+    return replace(after, **{name: _rows(taken, new, old[name]) for name, new in after.tensors().items()})  # type: ignore[type-var]  # every State is a dataclass
+
+
+def _rows(taken: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(taken.view(-1, *[1] * (new.dim() - 1)), new, old)

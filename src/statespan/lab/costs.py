@@ -1,0 +1,286 @@
+"""What RNN, Transformer, S4D and Mamba cost: training against length, a generated token against what came before."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from statespan.errors import UserError
+from statespan.lab import rows as table
+from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Setting, Table
+from statespan.lab.three_views import measure
+from statespan.layers.config import AttentionConfig, MLPConfig, S4DConfig
+from statespan.layers.state import ModelState
+from statespan.models.build import build
+from statespan.models.config import ModelConfig
+from statespan.models.language_model import LanguageModel
+from statespan.models.layer_pattern import LayerSpec
+
+VARIANTS = {
+    "lstm": "LSTM",
+    "transformer": "attention with rotary positions, and MLPs",
+    "s4d": "S4D, and MLPs",
+    "mamba": "Mamba-1",
+    "mamba2": "Mamba-2",
+}
+PUBLISHED = {  # work of training, a generated token, its memory; L the length, t the tokens so far
+    "lstm": ("L, one after the other", "1", "1"),
+    "transformer": ("L^2", "t", "t"),
+    "s4d": ("L log L", "1", "1"),
+    "mamba": ("L", "1", "1"),
+    "mamba2": ("L", "1", "1"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostsSetting(Setting):
+    """Sizes of the models, and lengths."""
+
+    hidden_size: int = 384
+    num_layers: int = 6
+    num_heads: int = 6
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # of training
+    batch_tokens: int = 32768  # a batch of training: rows = batch_tokens / length, at least 1
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 65536)  # tokens before the generated ones
+    decode_rows: int = 16
+    decode_tokens: int = 16
+    longest_lstm: int = 8192
+    precision: str = "bfloat16"
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min((1, *self.lengths, *self.contexts, self.num_layers, self.repeats, self.decode_tokens)) < 1:
+            raise UserError("lengths, contexts, num_layers, decode_tokens and repeats must be at least 1")
+        if min(self.lengths, default=0) < 2:
+            raise UserError("lengths need at least 2 tokens: one predicts the next")
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+        model_config(self, "transformer")
+
+
+def model_config(setting: CostsSetting, variant: str) -> ModelConfig:
+    """Models of about the same number of parameters a layer pair."""
+    half, layers = max(1, setting.num_layers // 2), setting.num_layers
+    pattern = {
+        "lstm": (LayerSpec("lstm"),) * layers,
+        "transformer": (LayerSpec("attention", "mlp"),) * half,
+        "s4d": (LayerSpec("s4d", "mlp"),) * half,
+        "mamba": (LayerSpec("mamba1"),) * layers,
+        "mamba2": (LayerSpec("mamba2"),) * layers,
+    }[variant]
+    return ModelConfig(
+        hidden_size=setting.hidden_size,
+        layers=pattern,
+        attention=AttentionConfig(num_heads=setting.num_heads, rope_theta=10_000.0),
+        s4d=S4DConfig(block="mamba", expand=1),
+        mlp=MLPConfig(intermediate_size=8 * setting.hidden_size // 3),
+    )
+
+
+def run(setting: CostsSetting, variant: str, seed: int, progress: Progress) -> Iterator[Row]:
+    """Time, and on a GPU memory, of a training step at each length, and of a generated token after each context."""
+    device = torch.device(setting.device)
+    model = build(model_config(setting, variant), seed=seed, device=device)
+    yield {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    lengths = [n for n in setting.lengths if variant != "lstm" or n <= setting.longest_lstm]
+    count = len(lengths) + len(setting.contexts)
+    for index, length in enumerate(lengths):
+        progress(index / count, f"training on {length} tokens")
+        yield {"length": length} | _training(model, setting, length, device)
+    for index, context in enumerate(setting.contexts):
+        progress((len(lengths) + index) / count, f"generating after {context} tokens")
+        yield {"context": context} | _generating(model, setting, context, device)
+
+
+def _training(model: LanguageModel, setting: CostsSetting, length: int, device: torch.device) -> Row:
+    rows = max(1, setting.batch_tokens // length)
+    input_ids = torch.randint(0, 256, (rows, length), device=device)
+    half = setting.precision == "bfloat16"
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            output = model(input_ids, labels=input_ids)
+        assert output.loss is not None  # labels were given
+        output.loss.backward()
+        model.zero_grad()
+
+    found = measure(step, device, setting.repeats)
+    return {"us_per_token": 1e3 * found["ms"] / (rows * length)} | {f"training_{k}": v for k, v in found.items()}
+
+
+@torch.no_grad()
+def _generating(model: LanguageModel, setting: CostsSetting, context: int, device: torch.device) -> Row:
+    """A decoder fed some tokens, from a state with `context` tokens before it; its rows are copies of one."""
+    model.eval()
+    state, prompt = model.new_state(1), torch.randint(0, 256, (1, context), device=device)
+    for chunk in prompt.split(2048, dim=1):
+        after = model(chunk, state=state, logits_at="none").state
+        assert isinstance(after, ModelState)  # a state was given
+        state = after
+    state = state.select(torch.zeros(setting.decode_rows, dtype=torch.int64))
+    num_bytes = state_bytes(state, context) / setting.decode_rows
+    token = torch.zeros(setting.decode_rows, dtype=torch.int64, device=device)
+
+    decoder = model.decoder(setting.decode_rows)
+    decoder.start(state, room=setting.decode_tokens * (setting.repeats + 1))
+    step = decoder.captured(lambda: decoder(token))
+
+    def tokens() -> None:
+        for _ in range(setting.decode_tokens):
+            step()
+
+    found = measure(tokens, device, setting.repeats)
+    model.train()
+    return {"ms_per_token": found["ms"] / setting.decode_tokens, "state_kib": num_bytes / 1024}
+
+
+def state_bytes(state: ModelState, context: int) -> float:
+    """Bytes of a state, of a cache of keys and values only the slots in use."""
+    total = 0.0
+    for layer in state.layers:
+        for name, tensor in layer.tensors().items() if layer is not None else ():
+            size = tensor.numel() * tensor.element_size()
+            grows = name in ("key", "value", "position")
+            total += size * context / max(tensor.shape[1], 1) if grows else size
+    return total
+
+
+def report(setting: CostsSetting, rows: Sequence[Row]) -> Findings:
+    """Exponents of the last lengths beside the table's."""
+    present = [variant for variant in VARIANTS if table.of(rows, variant=variant)]
+    cells: list[list[str | float | None]] = []
+    exponents: dict[str, tuple[float | None, float | None, float | None]] = {}
+    for variant in present:
+        mine = table.of(rows, variant=variant)
+        exponents[variant] = (
+            _total_exponent(mine),
+            _exponent(mine, "context", "ms_per_token"),
+            _exponent(mine, "context", "state_kib"),
+        )
+        told = [None if value is None else f"{round(value, 2) + 0.0:.2f}" for value in exponents[variant]]
+        size = f"{max(table.values(mine, 'parameters')):,}"
+        cells.append(
+            [VARIANTS[variant], size, *(x for pair in zip(told, PUBLISHED[variant], strict=True) for x in pair)]
+        )
+    checks = [
+        Check(f"{variant}: memory of the state does not grow", _below(exponents.get(variant), 2, 0.05))
+        for variant in present
+        if variant != "transformer"
+    ]
+    checks += [
+        Check(f"{variant}: training grows like the length (exponent below 1.3)", _below(exponents.get(variant), 0, 1.3))
+        for variant in present
+        if variant != "transformer"
+    ]
+    grows = exponents.get("transformer", (None, None, None))
+    checks.append(Check("transformer: the cache grows like the tokens (0.9 to 1.1)", _between(grows[2], 0.9, 1.1)))
+    checks.append(Check("transformer: training grows faster than the length", table.ordered(grows[0], 1.1)))
+    columns = [
+        "model",
+        "parameters",
+        "training ~ L^k: k",
+        "table",
+        "a token ~ t^k: k",
+        "table",
+        "state ~ t^k: k",
+        "table",
+    ]
+    timed = [
+        [f"{n:,}", *(table.mean_of(rows, "us_per_token", variant=v, length=n) for v in present)]
+        for n in setting.lengths
+    ]
+    generated = [
+        [f"{n:,}", *(table.mean_of(rows, "ms_per_token", variant=v, context=n) for v in present)]
+        for n in setting.contexts
+    ]
+    return Findings(
+        checks,
+        [
+            Table("Exponents, from the last three lengths", columns, cells),
+            Table("Training, microseconds a token", ["tokens a row", *present], timed, digits=2),
+            Table(
+                f"Generating {setting.decode_rows} rows, milliseconds a step", ["tokens before", *present], generated, 3
+            ),
+        ],
+        [
+            _plot("Training", "tokens a row", "microseconds a token", "length", "us_per_token", rows, present),
+            _plot("Generating", "tokens before", "ms a step", "context", "ms_per_token", rows, present),
+            _plot("State of a row", "tokens before", "KiB", "context", "state_kib", rows, present),
+        ],
+    )
+
+
+def _plot(title: str, x: str, y: str, x_field: str, y_field: str, rows: Sequence[Row], present: list[str]) -> Plot:
+    lines = [table.line(v, rows, x_field, y_field, variant=v) for v in present]
+    return Plot(title, x, y, lines, log_x=True, log_y=True)
+
+
+def _exponent(rows: Sequence[Row], x: str, y: str) -> float | None:
+    curve = table.line("", rows, x, y)
+    return table.slope(curve.x[-3:], [value for value in curve.y[-3:] if value is not None])
+
+
+def _total_exponent(rows: Sequence[Row]) -> float | None:
+    """Of the work of a row: that of a token grows with the exponent less one."""
+    a_token = _exponent(rows, "length", "us_per_token")
+    return None if a_token is None else 1 + a_token
+
+
+def _below(found: tuple[float | None, ...] | None, index: int, limit: float) -> bool | None:
+    value = None if found is None else found[index]
+    return None if value is None else value < limit
+
+
+def _between(value: float | None, low: float, high: float) -> bool | None:
+    return None if value is None else low < value < high
+
+
+H100 = CostsSetting(time="4 minutes of an H100 (estimated)", variants=tuple(VARIANTS), device="cuda")
+CPU = replace(
+    H100,
+    time="60 s of 2 cores",
+    device="cpu",
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    lengths=(512, 1024, 2048, 4096, 8192),
+    batch_tokens=8192,
+    contexts=(1024, 4096, 16384),
+    decode_rows=4,
+    decode_tokens=8,
+    longest_lstm=8192,
+    precision="float32",
+    repeats=2,
+)
+
+EXPERIMENT = Experiment(
+    name="costs",
+    title="RNN, Transformer, S4D, Mamba: what they cost",
+    claim="Attention costs the square of the length in training, and a token more the more came before; recurrent "
+    "networks and state-space models cost the same a token and keep a state of fixed size.",
+    source="Mamba, arXiv 2312.00752, sections 1 and 4.5; S4, arXiv 2111.00396, table 1",
+    settings={
+        "cpu": CPU,
+        "h100": H100,
+        "tiny": replace(
+            CPU,
+            time="a second",
+            variants=("lstm", "transformer", "mamba"),
+            hidden_size=16,
+            lengths=(4, 8),
+            batch_tokens=8,
+            contexts=(4, 8),
+            decode_rows=2,
+            decode_tokens=2,
+            repeats=1,
+        ),
+    },
+    variants=VARIANTS,
+    run=run,
+    report=report,
+    notes={
+        "cpu": "Projections and MLPs cost the same a token whatever the length, and hide the square of attention at "
+        "short lengths; exponents are of the largest lengths here, and times of one machine under its load.",
+    },
+)

@@ -1,0 +1,52 @@
+"""Plots as one PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from statespan.lab.experiment import Line, Plot
+
+PANEL = (5.4, 3.9)  # inches
+COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7f8c", "#bf3989", "#57606a", "#e16f24", "#24292f")
+
+
+def draw(path: Path, plots: Sequence[Plot]) -> None:
+    """Write a PNG with one panel a plot, at most three side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 2 if len(plots) == 4 else min(len(plots), 3)
+    rows = -(-len(plots) // columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, plot in enumerate(plots):
+        _panel(figure.add_subplot(rows, columns, index + 1), plot)
+    figure.savefig(path, format="png")
+
+
+def _panel(axes: Any, plot: Plot) -> None:
+    labels = list(dict.fromkeys(line.label for line in plot.lines))
+    for line in plot.lines:
+        _curve(axes, line, COLORS[labels.index(line.label) % len(COLORS)])
+    if plot.log_x:
+        axes.set_xscale("log", base=2)
+    if plot.log_y:
+        axes.set_yscale("log")
+    axes.set_title(plot.title, fontsize=10)
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    axes.grid(alpha=0.3)
+    if plot.lines:
+        axes.legend(fontsize=7)
+
+
+def _curve(axes: Any, line: Line, color: str) -> None:
+    places = [index for index, value in enumerate(line.y) if value is not None]
+    x, y = [line.x[i] for i in places], [line.y[i] for i in places]
+    style, marker = ("--", None) if line.published else ("-", "o" if len(x) <= 40 else None)
+    label = f"{line.label}, published" if line.published else line.label
+    axes.plot(x, y, style, color=color, linewidth=1.3, marker=marker, markersize=3, label=label)
+    if line.low:
+        axes.fill_between(
+            x, [line.low[i] for i in places], [line.high[i] for i in places], color=color, alpha=0.15, linewidth=0
+        )

@@ -1,0 +1,69 @@
+"""Rows grouped and averaged: what most reports do with them."""
+
+from collections.abc import Callable, Sequence
+
+from statespan.lab.experiment import Line, Row
+
+
+def of(rows: Sequence[Row], **fields: object) -> list[Row]:
+    """The rows whose fields have these values."""
+    return [row for row in rows if all(row.get(name) == value for name, value in fields.items())]
+
+
+def values(rows: Sequence[Row], name: str, **fields: object) -> list[float]:
+    """The field `name` of the rows with these values, where it is there."""
+    return [row[name] for row in of(rows, **fields) if row.get(name) is not None]
+
+
+def mean(numbers: Sequence[float]) -> float | None:
+    """Their mean; None of nothing."""
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def mean_of(rows: Sequence[Row], name: str, **fields: object) -> float | None:
+    """The mean of the field `name` over the rows with these values (the seeds); None where there are none."""
+    return mean(values(rows, name, **fields))
+
+
+def spread(rows: Sequence[Row], name: str, digits: int = 1, **fields: object) -> str | None:
+    """Mean and range over the seeds as text, such as "97.2 (95.0 to 99.1)"; one seed: its value."""
+    numbers = values(rows, name, **fields)
+    if not numbers:
+        return None
+    center = f"{sum(numbers) / len(numbers):.{digits}f}"
+    return center if len(numbers) == 1 else f"{center} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def line(label: str, rows: Sequence[Row], x: str, y: str, published: bool = False, **fields: object) -> Line:
+    """A curve of field `y` over field `x`: mean, smallest and largest over the seeds."""
+    chosen = [row for row in of(rows, **fields) if row.get(y) is not None]
+    xs = sorted({row[x] for row in chosen})
+    groups = [values(chosen, y, **{x: place}) for place in xs]
+
+    def over(reduce: Callable[[list[float]], float]) -> list[float | None]:
+        return [reduce(group) for group in groups]
+
+    several = any(len(group) > 1 for group in groups)
+    low, high = (over(min), over(max)) if several else ((), ())
+    return Line(label, xs, over(lambda group: sum(group) / len(group)), low, high, published)
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """The exponent k of y ~ x^k by least squares of the logarithms; None of fewer than two points."""
+    import numpy as np
+
+    if len(xs) < 2:
+        return None
+    return float(np.polyfit(np.log(np.asarray(xs, float)), np.log(np.asarray(ys, float)), 1)[0])
+
+
+def ordered(first: float | None, second: float | None, margin: float = 0.0) -> bool | None:
+    """Whether the first is larger than the second by more than `margin`; None where one is missing."""
+    return None if first is None or second is None else first > second + margin
+
+
+def all_of(*answers: bool | None) -> bool | None:
+    """False where one is False, None where one is missing, else True."""
+    if False in answers:
+        return False
+    return None if None in answers else True

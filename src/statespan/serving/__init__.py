@@ -1,0 +1,1 @@
+"""Serving: many requests share one model (docs/serving.md)."""

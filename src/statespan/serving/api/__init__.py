@@ -1,0 +1,1 @@
+"""HTTP: the OpenAI-compatible server (docs/server.md)."""

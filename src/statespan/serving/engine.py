@@ -1,0 +1,354 @@
+"""Engine: the loop that serves many requests with one model (docs/serving.md)."""
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from statespan.errors import UserError, first_line
+from statespan.models.language_model import LanguageModel, Tokenizer
+from statespan.serving.admission import Admission
+from statespan.serving.decode import Decode, Failed, PlainDecode
+from statespan.serving.job import Job, Sample
+from statespan.serving.metrics import EngineMetrics
+from statespan.serving.options import EngineOptions, num_pages
+from statespan.serving.prefix_cache import PrefixCache
+from statespan.serving.request import Event, FinishReason, QueueFull, Request, RequestRefused
+from statespan.serving.rows import Rows
+from statespan.serving.runner import Chunk, Runner
+from statespan.serving.scheduler import Queue, plan_prefill
+from statespan.serving.speculative import SpeculativeDecode
+from statespan.serving.spill import SpillStore, model_identity
+from statespan.serving.state_pool import StatePool
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Requests go in by `submit`, events come out of `step`, which one thread calls as long as it is not `idle`.
+
+    A request gives the tokens that `generate` gives with the same seed, whatever runs beside it.
+
+    Args:
+        model: set to evaluation; nothing else may use it while the engine steps.
+        options: limits.
+        tokenizer: instead of `model.tokenizer`; without one events carry no text.
+
+    Raises:
+        UserError: options that cannot be, or a folder to spill to that cannot be used.
+
+    Example:
+        >>> import statespan
+        >>> from statespan.serving.request import GenerationOptions, Request
+        >>> engine = Engine(statespan.build("jamba-tiny", seed=0), EngineOptions(num_pages=16))
+        >>> engine.submit(Request((1, 2, 3), GenerationOptions(max_new_tokens=4, temperature=0)))
+        >>> ids = []
+        >>> while not engine.idle:
+        ...     ids += [token for event in engine.step() for token in event.token_ids]
+        >>> len(ids)
+        4
+    """
+
+    def __init__(
+        self, model: LanguageModel, options: EngineOptions = EngineOptions(), tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model, self.options = model.eval(), options
+        self.tokenizer = tokenizer or model.tokenizer
+        self.pool = StatePool(model, options.max_rows + 1, num_pages(model, options), options.page_size)
+        self.runner = Runner(model, self.pool)
+        self.rows = Rows(self.pool)
+        self.cache = self._new_cache()
+        self._admission = Admission(model, options, self.rows, self.cache, has_text=self.tokenizer is not None)
+        self.use(self._new_decode())
+        self._queue: Queue[Job] = Queue()
+        self._counts: Counter[str] = Counter()  # of EngineMetrics
+        self._finished: Counter[str] = Counter()  # samples by reason
+        # Shared with the threads that submit and cancel.
+        self._lock = threading.RLock()  # a stream may be collected, and cancel, while this thread holds it
+        self._arrived: deque[Job] = deque()
+        self._cancelled: set[str] = set()
+        self._ids: set[str] = set()  # requests that have not ended
+        self._closed = False
+
+    def _new_cache(self) -> PrefixCache | None:
+        options = self.options
+        if options.cache_bytes == 0:
+            return None
+        spill = None
+        if options.spill_bytes or options.spill_dir is not None:
+            identity = model_identity(self.model, options.page_size)
+            spill = SpillStore(identity, options.spill_bytes, options.spill_dir, options.spill_dir_bytes)
+        return PrefixCache(self.pool, options.cache_bytes, spill)
+
+    def _new_decode(self) -> Decode:
+        plain = PlainDecode(self.runner, self.model.config.vocab_size, self.model.device)
+        if self.options.num_drafts == 0:
+            return plain
+        return SpeculativeDecode(plain, self.runner, num_drafts=self.options.num_drafts)
+
+    def use(self, decode: Decode) -> None:
+        """Decode by another step from now on. Nothing may be running."""
+        self.decode, self._admission.extra_tokens = decode, decode.extra_tokens
+
+    def submit(self, request: Request) -> None:
+        """Put a request in the queue. Any thread may call this.
+
+        Raises:
+            RequestRefused: it can never be served, the message says why; or its id is in use.
+            QueueFull: as many wait as may.
+        """
+        self._admission.check(request)
+        seed = request.options.seed
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        with self._lock:
+            if self._closed:
+                raise RequestRefused("the engine is closed")
+            if request.id in self._ids:
+                raise RequestRefused(f"request id {request.id!r} is in use; give each request its own")
+            if len(self._arrived) + len(self._queue) >= self.options.max_waiting:
+                raise QueueFull(f"{self.options.max_waiting} requests wait already; try again later")
+            self._counts["requests"] += 1
+            self._ids.add(request.id)
+            self._arrived.append(Job(request, self._counts["requests"], seed))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step, with finish_reason "cancelled". Any thread may call this."""
+        with self._lock:
+            if request_id in self._ids:
+                self._cancelled.add(request_id)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._arrived or self._queue or self.rows.prefilling or self.rows.active)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One step: who is done leaves, who fits is admitted, some prompt tokens, one decode step; [] when idle."""
+        if self.idle:
+            return []
+        self._counts["steps"] += 1
+        return [*self._leave(), *self._admit(), *self._prefill(), *self._decode()]
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The final norm's output [n h] float32 on the CPU at the last token of each prompt; between two steps.
+
+        Raises:
+            RequestRefused: a prompt is empty, too long, or not of the vocabulary.
+            QueueFull: running requests leave no memory for it.
+        """
+        return torch.stack([self._embed(tuple(prompt)) for prompt in prompts])
+
+    def metrics(self) -> EngineMetrics:
+        """Counters and gauges of now. Any thread may call this."""
+        cache, pages = self.cache, self.pool.pages
+        gauges = {
+            "waiting": len(self._arrived) + len(self._queue),
+            "prefilling": len(self.rows.prefilling),
+            "decoding": len(self.rows.active),
+            "rows": self.rows.num_rows,
+            "pages_free": pages.num_free,
+            "pages": pages.num_pages - 1,
+        }
+        counts = dict(self._counts)  # copied at once: another thread counts on
+        if isinstance(self.decode, SpeculativeDecode):
+            counts["drafted_tokens"] = self.decode.report.drafted
+            counts["accepted_tokens"] = self.decode.report.accepted
+        if cache is not None:
+            counts |= cache.counts
+            gauges |= {"cache_snapshots": len(cache), "cache_bytes": cache.num_bytes}
+            if cache.spill is not None:
+                counts |= cache.spill.counts
+                gauges |= {"spill_bytes": cache.spill.memory_bytes, "spill_dir_bytes": cache.spill.disk_bytes}
+        return EngineMetrics(finished=dict(self._finished), **counts, **gauges)
+
+    def close(self) -> None:
+        """Drop all requests, and snapshots unless there is a folder to keep them in. Nothing else works afterwards."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        _log.info(self.metrics().cache_summary)
+        for job in self._running():
+            self.rows.drop(job)
+        self._arrived.clear()
+        self._queue.clear()
+        if self.cache is not None:
+            self.cache.close()
+
+    def check(self) -> None:
+        """Raise AssertionError where rows, pages or the prefix cache disagree about who holds what."""
+        pool, pages = self.pool, self.pool.pages
+        self.rows.check()
+        held = Counter(page for row in range(pool.num_rows) for page in pool.pages_of(row))
+        if self.cache is not None:
+            self.cache.check()
+            for node in self.cache.nodes():
+                held.update(() if node.snapshot is None else node.snapshot.pages)
+        for page in range(1, pages.num_pages):
+            assert pages.holders(page) == held[page], f"page {page} has {pages.holders(page)} holders, not {held[page]}"
+        assert pages.num_free == pages.num_pages - 1 - len(held)
+        jobs = [*self._arrived, *self._queue, *self._running()]
+        assert {job.request.id for job in jobs} == self._ids and len(jobs) == len(self._ids)
+
+    def _running(self) -> list[Job]:
+        """Jobs that have rows."""
+        return [*self.rows.prefilling, *dict.fromkeys(sample.job for sample in self.rows.active)]
+
+    def _leave(self) -> list[Event]:
+        """Take what came from other threads; end what was cancelled or is late."""
+        with self._lock:
+            while self._arrived:
+                self._queue.add(self._arrived.popleft())
+            cancelled, self._cancelled = self._cancelled, set()
+        events: list[Event] = []
+        for job in [*self._queue, *self._running()]:
+            if job.request.id in cancelled:
+                events += self._end(job, "cancelled")
+            elif job.expired:
+                events += self._end(job, "deadline")
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Give rows and pages to the next jobs of the queue, as long as there are enough."""
+        events: list[Event] = []
+        while self._queue and self._queue[0].request.num_samples <= self.rows.num_free:
+            job = self._queue[0]
+            try:
+                if not self._admission.start(job):
+                    break
+            except Exception as error:
+                events += self._fail([job], error)
+            else:
+                self._queue.pop(0)
+        return events
+
+    def _prefill(self) -> list[Event]:
+        """Absorb some tokens of prompts; those that are done become samples."""
+        events: list[Event] = []
+        left, share = self.options.prefill_tokens, self.options.longest_waiting_share
+        while plan := plan_prefill(self.rows.prefilling, left, share):
+            try:
+                left -= sum(count for _, count in plan)
+                self._absorb(plan)
+            except Exception as error:
+                events += self._fail([job for job, _ in plan], error)
+        for job in sorted(self.rows.prefilling, key=lambda job: job.order):
+            if job.num_to_prefill == 0:
+                events += self._activate(job)
+        return events
+
+    def _absorb(self, plan: Sequence[tuple[Job, int]]) -> None:
+        """Feed each job so many tokens of its prompt, and take the snapshots that are wanted there."""
+        chunks: list[Chunk] = []
+        for job, count in plan:
+            chunks.append(Chunk(job.row, job.request.prompt[job.num_absorbed : job.num_absorbed + count]))
+        self.runner.absorb(chunks)
+        for job, count in plan:
+            job.num_absorbed += count
+            self._counts["prefill_tokens"] += count
+            if job.num_absorbed in job.snapshots_at:
+                self._remember(job.row, job.request.prompt[: job.num_absorbed])
+
+    def _remember(self, row: int, tokens: Sequence[int]) -> None:
+        """Give a snapshot of a row, which has absorbed `tokens`, to the prefix cache."""
+        if self.cache is not None and not self.cache.has(tokens):
+            self.cache.insert(tokens, self.pool.snapshot(row))
+
+    def _activate(self, job: Job) -> list[Event]:
+        """The prompt is absorbed but for its last token, which the next decode step feeds."""
+        if job.request.options.max_new_tokens == 0:
+            return self._end(job, "length")
+        try:
+            samples = [Sample(job, index, self.tokenizer, self.model) for index in range(job.request.num_samples)]
+            self.rows.activate(job, samples, self._admission.row_tokens(job.request))
+        except Exception as error:
+            return self._fail([job], error)
+        return []
+
+    def _decode(self) -> list[Event]:
+        """The next tokens of all active rows."""
+        samples = list(self.rows.active)
+        if not samples:
+            return []
+        try:
+            outcomes = self.decode(samples)
+        except Exception as error:
+            return self._fail(dict.fromkeys(sample.job for sample in samples), error)
+        events: list[Event] = []
+        for sample, outcome in zip(samples, outcomes, strict=True):
+            try:
+                event = sample.end("error", outcome.error) if isinstance(outcome, Failed) else sample.extend(outcome)
+            except Exception as error:  # of a tokenizer or a constraint
+                event = sample.end("error", _told(error))
+            self._counts["generated_tokens"] += len(event.token_ids)
+            if event.finish_reason is not None:
+                self._finish(sample, event.finish_reason)
+            events.append(event)
+        return events
+
+    def _finish(self, sample: Sample, reason: FinishReason) -> None:
+        """A sample ended; what it absorbed may be the beginning of the next turn."""
+        absorbed = self.pool.num_tokens[sample.row]  # with speculation it may lag, or hold tokens after the end
+        sound = reason in ("stop", "eos", "length") and absorbed < len(sample.token_ids)
+        if sound and sample.job.request.reuse and sample.num_new > 1:
+            self._remember(sample.row, sample.token_ids[:absorbed])
+        self.rows.leave(sample)
+        self._count_end(sample.job, reason)
+
+    def _count_end(self, job: Job, reason: FinishReason) -> None:
+        self._finished[reason] += 1
+        job.num_open -= 1
+        if job.num_open == 0:
+            with self._lock:
+                self._ids.discard(job.request.id)
+                self._cancelled.discard(job.request.id)
+
+    def _end(self, job: Job, reason: FinishReason, error: str | None = None) -> list[Event]:
+        """End what is left of a job, wherever it is; its memory is free."""
+        samples = [sample for sample in self.rows.active if sample.job is job]
+        events = [sample.end(reason, error) for sample in samples]
+        if not samples:
+            usage = job.usage()
+            events = [
+                Event(job.request.id, index, (), "", (), reason, usage, error)
+                for index in range(job.request.num_samples)
+            ]
+        if job in self._queue:
+            self._queue.remove(job)
+        self.rows.drop(job)
+        for _ in events:
+            self._count_end(job, reason)
+        return events
+
+    def _fail(self, jobs: Iterable[Job], error: Exception) -> list[Event]:
+        """A step raised: its jobs end with an error, and the engine goes on."""
+        self._counts["failures"] += 1
+        if not isinstance(error, UserError):
+            _log.error("a step of the engine failed", exc_info=error)
+        return [event for job in jobs for event in self._end(job, "error", _told(error))]
+
+    def _embed(self, prompt: tuple[int, ...]) -> Tensor:
+        self._admission.check_tokens(prompt)
+        pages = self.pool.pages_for(len(prompt))
+        if pages > self.pool.pages.num_pages - 1:
+            raise RequestRefused(f"a prompt of {len(prompt)} tokens is too long; it needs {pages} pages")
+        if not self._admission.room(pages):
+            raise QueueFull("running requests leave no memory for the embedding now; try again later")
+        row, size = self.rows.spare, self.options.prefill_tokens
+        try:
+            hidden = [
+                self.runner.embed([Chunk(row, prompt[start : start + size])]) for start in range(0, len(prompt), size)
+            ]
+        finally:
+            self.pool.clear(row)
+        return hidden[-1][0].cpu()
+
+
+def _told(error: Exception) -> str:
+    """In one line, for who asked."""
+    return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"

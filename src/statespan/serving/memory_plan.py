@@ -1,0 +1,84 @@
+"""MemoryPlan: how many rows and pages fit into the memory that the model leaves."""
+
+from dataclasses import dataclass
+
+import torch
+
+from statespan.errors import UserError
+from statespan.models.accounting import forward_bytes, kv_bytes_per_token, state_bytes
+from statespan.models.language_model import LanguageModel
+from statespan.serving.state_pool import padded_rows
+
+CPU_BYTES = 1 << 30  # for keys and values where nothing is said
+SHARE = 0.95  # of a GPU's free memory; the rest is what allocators and graphs leave between things
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by their use. `num_pages` counts page 0, which is nobody's."""
+
+    free: int  # what there is to give away
+    rows: int  # constant states of all rows
+    cache: int  # the prefix cache's constant states
+    working: int  # what a step's forward needs beside
+    pages: int  # keys and values
+    num_pages: int
+
+
+def plan_memory(
+    model: LanguageModel,
+    *,
+    num_rows: int,
+    page_size: int,
+    prefill_tokens: int,
+    cache_bytes: int = 0,
+    page_budget_bytes: int | None = None,
+) -> MemoryPlan:
+    """Divide the memory that is free now.
+
+    Args:
+        model: that is served, in its place.
+        num_rows: of the pool.
+        page_size: tokens of a page.
+        prefill_tokens: of one forward.
+        cache_bytes: kept for snapshots.
+        page_budget_bytes: for keys and values. None: on a GPU all that is left, elsewhere 1 GiB.
+
+    Raises:
+        UserError: on a GPU, where no page is left.
+
+    Example:
+        >>> import statespan
+        >>> model = statespan.build("jamba-tiny", seed=0)
+        >>> plan_memory(model, num_rows=8, page_size=16, prefill_tokens=512, page_budget_bytes=1 << 20).num_pages
+        127
+    """
+    config, item = model.config, model.dtype.itemsize
+    rows = padded_rows(num_rows, model.device) * state_bytes(config, item)
+    working = forward_bytes(config, prefill_tokens, item)
+    # A page, and its place in the table of each row.
+    page = page_size * kv_bytes_per_token(config, item) + 4 * padded_rows(num_rows, model.device)
+    budget, free = page_budget_bytes, 0
+    if model.device.type == "cuda":
+        free = int(SHARE * _free_bytes(model.device))
+        left = free - rows - working - cache_bytes
+        budget = left if budget is None else min(budget, left)
+    budget = CPU_BYTES if budget is None else budget
+    free = free or rows + working + cache_bytes + budget
+    if kv_bytes_per_token(config, item) == 0:
+        return MemoryPlan(free, rows, cache_bytes, working, 0, 1)
+    num_pages = budget // page
+    if num_pages < 2 and model.device.type == "cuda":
+        raise UserError(
+            f"no memory is left for keys and values: of {free / 2**30:.1f} GiB free, {num_rows} rows take "
+            f"{rows / 2**30:.1f}, a prefill of {prefill_tokens} tokens {working / 2**30:.1f} and the prefix cache "
+            f"{cache_bytes / 2**30:.1f}; lower these, or quantize the model"
+        )
+    num_pages = max(2, num_pages)
+    return MemoryPlan(free, rows, cache_bytes, working, num_pages * page, num_pages)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the driver and PyTorch's own allocator could give."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,0 +1,102 @@
+"""Slabs: the constant states of all layers, those of one shape in one tensor, so that a row is one copy or two."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from statespan.errors import UserError
+from statespan.layers.state import State
+
+
+class Slabs:
+    """Memory [layers rows ...] for each shape of state.
+
+    Args:
+        layers: for each layer the tensors of its state by field, the batch as first dimension; only their shapes count.
+        num_rows: of the memory.
+    """
+
+    def __init__(self, layers: Sequence[dict[str, Tensor]], num_rows: int, device: torch.device) -> None:
+        self.num_rows, self._device = num_rows, device
+        places: dict[tuple[torch.Size, torch.dtype], list[tuple[int, str]]] = defaultdict(list)
+        for index, tensors in enumerate(layers):
+            for field, tensor in tensors.items():
+                places[tensor.shape[1:], tensor.dtype].append((index, field))
+        self._places = list(places.values())
+        self._tensors = [
+            torch.zeros(len(users), num_rows, *shape, dtype=dtype, device=device)
+            for (shape, dtype), users in places.items()
+        ]
+        self._num_layers = len(layers)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    def of_layer(self, layer: int) -> dict[str, Tensor]:
+        """The memory of all rows of a layer's state, by field."""
+        return self._by_layer(self._tensors)[layer]
+
+    def read(self, rows: Sequence[int], fresh: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Copies of these rows for each layer, by field; zeros in those whose places are in `fresh`."""
+        copies = self.gather(rows)
+        for copy in copies if fresh else ():
+            copy.index_fill_(1, torch.tensor(fresh, device=self._device), 0)
+        return self._by_layer(copies)
+
+    def gather(self, rows: Sequence[int]) -> list[Tensor]:
+        """Copies of these rows, for `scatter`."""
+        index = torch.tensor(rows, device=self._device)
+        return [tensor.index_select(1, index) for tensor in self._tensors]
+
+    def scatter(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Overwrite these rows by what `gather` gave."""
+        index = torch.tensor(rows, device=self._device)
+        for ours, new in zip(self._tensors, tensors, strict=True):
+            ours.index_copy_(1, index, new)
+
+    def write(self, rows: Sequence[int], layers: Sequence[State | None]) -> None:
+        """Overwrite these rows by the states of all layers."""
+        index = torch.tensor(rows, device=self._device)
+        for tensor, users in zip(self._tensors, self._places, strict=True):
+            for ours, (layer, field) in zip(tensor, users, strict=True):
+                ours.index_copy_(0, index, getattr(layers[layer], field))
+
+    def copy(self, source: int, target: int) -> None:
+        for tensor in self._tensors:
+            tensor[:, target] = tensor[:, source]
+
+    def zero(self, row: int) -> None:
+        for tensor in self._tensors:
+            tensor[:, row] = 0
+
+    def take(self, row: int, fresh: bool) -> tuple[Tensor, ...]:
+        """Copies of a row, or zeros."""
+        return tuple(torch.zeros_like(x[:, row]) if fresh else x[:, row].clone() for x in self._tensors)
+
+    def put(self, row: int, tensors: Sequence[Tensor]) -> None:
+        """Overwrite a row by what `take` gave."""
+        for ours, new in zip(self._tensors, tensors, strict=True):
+            ours[:, row] = new
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raise UserError unless the tensors could come from `take`."""
+        for number, (ours, given) in enumerate(zip(self._tensors, tensors, strict=True)):
+            wanted = (*ours.shape[:1], *ours.shape[2:])
+            if given.shape != wanted or given.dtype != ours.dtype:
+                raise UserError(
+                    f"state {number} of a snapshot is {list(given.shape)} {given.dtype}, and this model's"
+                    f" {list(wanted)} {ours.dtype}"
+                )
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _by_layer(self, tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        layers: list[dict[str, Tensor]] = [{} for _ in range(self._num_layers)]
+        for tensor, users in zip(tensors, self._places, strict=True):
+            for part, (layer, field) in zip(tensor, users, strict=True):
+                layers[layer][field] = part
+        return layers

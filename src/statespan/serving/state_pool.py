@@ -1,0 +1,290 @@
+"""StatePool: the memory of the sequences that are served: constant states in rows, keys and values in pages."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from statespan.errors import UserError
+from statespan.layers.state import KVCache, ModelState, PagedKVCache, State
+from statespan.models.language_model import LanguageModel
+from statespan.serving.page_pool import PagePool
+from statespan.serving.slabs import Slabs
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A row at one moment: copies of its constant states, and the pages that it held, which the snapshot holds too."""
+
+    num_tokens: int
+    tensors: tuple[Tensor, ...]  # one a slab of the pool: [layers ...]
+    pages: tuple[int, ...]
+    page_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of both; pages are counted whole, also where others hold them."""
+        return sum(tensor.nbytes for tensor in self.tensors) + len(self.pages) * self.page_bytes
+
+
+class StatePool:
+    """Rows for sequences of one model.
+
+    A row has a constant state, `num_tokens[row]` tokens, and pages for at least so many. A page may have several
+    holders, and then nobody writes to it, but for the row that filled it: it goes on behind what snapshots of it know.
+
+    Args:
+        model: whose states they are.
+        num_rows: sequences.
+        num_pages: of keys and values, page 0, which is nobody's, included.
+        page_size: tokens of a page.
+    """
+
+    def __init__(self, model: LanguageModel, num_rows: int, num_pages: int, page_size: int) -> None:
+        if num_rows < 1 or num_pages < 1 or page_size < 1:
+            raise UserError(f"a pool needs rows and pages, got {num_rows} rows, {num_pages} pages of {page_size}")
+        self.num_rows, self.page_size = num_rows, page_size
+        self.pages = PagePool(num_pages)
+        self.num_tokens = [0] * num_rows
+        self._held: list[list[int]] = [[] for _ in range(num_rows)]
+        states = model.new_state(0).layers
+        caches = [state for state in states if isinstance(state, KVCache)]
+        self.device = model.device
+        self._slabs = Slabs([_constant(state) for state in states], padded_rows(num_rows, self.device), self.device)
+        rows = self._slabs.num_rows
+        shape = (num_pages, page_size, *(caches[0].row_shape if caches else (0, 0)))
+        # [2 layers, pages ...]: a page of all layers is copied at once.
+        self._kv = torch.zeros(2 * len(caches), *shape, dtype=model.dtype, device=self.device)
+        self.page_bytes = self._kv[:, 0].nbytes
+        most = num_pages - 1 if caches else 0
+        self._table = torch.zeros(rows, most, dtype=torch.int32, device=self.device)
+        self._length = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self.active = torch.zeros(rows, dtype=torch.int32, device=self.device)  # 1: the row takes part in decoding
+        self._layers = self._with_pages(states)
+
+    def _with_pages(self, states: Sequence[State | None]) -> list[State | None]:
+        """Each layer's memory of all rows."""
+        layers: list[State | None] = []
+        pairs = iter(self._kv.unflatten(0, (-1, 2)))
+        for index, state in enumerate(states):
+            constant = self._slabs.of_layer(index)
+            if isinstance(state, KVCache):
+                key, value = next(pairs)
+                layers.append(PagedKVCache(key, value, self._table, self._length, constant.get("conv")))
+            else:
+                layers.append(None if state is None else replace(state, **constant))  # type: ignore[type-var]  # a dataclass
+        return layers
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all rows and pages."""
+        return self._slabs.num_bytes + self._kv.nbytes + self._table.nbytes + self._length.nbytes + self.active.nbytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row's constant states."""
+        return self._slabs.num_bytes // self._slabs.num_rows
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages of a row with so many tokens; 0 where no layer has keys and values."""
+        return -(-num_tokens // self.page_size) if len(self._kv) else 0
+
+    def pages_of(self, row: int) -> tuple[int, ...]:
+        """The pages that a row holds, in order."""
+        return tuple(self._held[row])
+
+    def reserve(self, row: int, num_tokens: int) -> None:
+        """Give the row pages for so many tokens in all, those that it has included.
+
+        Raises:
+            OutOfPages: fewer are free; nothing was taken.
+        """
+        held = self._held[row]
+        wanted = self.pages_for(num_tokens) - len(held)
+        if wanted > 0:
+            held += self.pages.allocate(wanted)
+            self._write_table(row, len(held) - wanted)
+
+    def _write_table(self, row: int, first: int = 0) -> None:
+        """Tell the device of a row's pages from the first one on."""
+        pages = self._held[row][first:]
+        self._table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+
+    def _set_length(self, row: int, num_tokens: int) -> None:
+        self.num_tokens[row] = num_tokens
+        self._length[row] = num_tokens
+
+    @torch.inference_mode()
+    def state(self, rows: Sequence[int]) -> ModelState:
+        """What forward takes: copies of the rows' constant states, and their pages, in which it writes new tokens.
+
+        Those are nobody's until `store`: forward may be called again from here.
+        """
+        lengths = [self.num_tokens[row] for row in rows]
+        fresh = [place for place, length in enumerate(lengths) if length == 0]
+        constants = self._slabs.read(rows, fresh)
+        index = torch.tensor(rows, device=self.device)
+        table = self._table[index, : max(len(self._held[row]) for row in rows)]
+        length = self._length[index]
+        dense = len(set(lengths)) == 1
+        first = _first_of_run(self._held[rows[0]]) if len(rows) == 1 else None
+        layers: list[State | None] = []
+        for layer, constant in zip(self._layers, constants, strict=True):
+            if isinstance(layer, PagedKVCache):
+                layer = replace(layer, table=table, length=length, longest=max(lengths), dense=dense, first_page=first)
+            layers.append(None if layer is None else replace(layer, **constant))  # type: ignore[type-var]  # a dataclass
+        return ModelState(tuple(layers))
+
+    @torch.inference_mode()
+    def store(self, rows: Sequence[int], state: ModelState, added: Sequence[int]) -> None:
+        """Take back what forward returned for `state(rows)` and so many new tokens of each row."""
+        self._slabs.write(rows, state.layers)
+        for row, count in zip(rows, added, strict=True):
+            self.num_tokens[row] += count
+            assert self.pages_for(self.num_tokens[row]) <= len(self._held[row]), f"row {row} outgrew its pages"
+        new = torch.tensor([self.num_tokens[row] for row in rows], dtype=torch.int32, device=self.device)
+        self._length[torch.tensor(rows, device=self.device)] = new
+
+    def leading(self, count: int) -> ModelState:
+        """The memory of the first rows itself, for a decoder that overwrites it: see `advance`."""
+        layers = [None if layer is None else layer._map(lambda tensor: tensor[:count]) for layer in self._layers]
+        return ModelState(tuple(layers))
+
+    @contextmanager
+    def untouched(self, rows: Sequence[int]) -> Generator[None, None, None]:
+        """Inside, a step may overwrite the constant states of these rows."""
+        kept = self._slabs.gather(rows) if rows else []
+        yield
+        if rows:
+            self._slabs.scatter(rows, kept)
+
+    def advance(self, count: int) -> None:
+        """A decoder takes the first rows on by a token each; the device counts for itself."""
+        for row in range(count):
+            if self.num_tokens[row] == 0:  # what an earlier sequence left there
+                self._slabs.zero(row)
+            self.num_tokens[row] += 1
+            assert self.pages_for(self.num_tokens[row]) <= len(self._held[row]), f"row {row} outgrew its pages"
+
+    @torch.inference_mode()
+    def clear(self, row: int) -> None:
+        """The row is free, and as before the first token."""
+        self.pages.release(self._held[row])
+        self._held[row] = []
+        self._table[row] = 0
+        self._set_length(row, 0)
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """What one row has is another's, which was free; the first is free then."""
+        self._require_free(target)
+        self._slabs.copy(source, target)
+        self._held[target], self._held[source] = self._held[source], []
+        self._table[target] = self._table[source]
+        self._set_length(target, self.num_tokens[source])
+        self.clear(source)
+
+    @torch.inference_mode()
+    def fork(self, source: int, target: int) -> None:
+        """A free row goes on from where another is; full pages are shared, a partly filled one is copied.
+
+        Raises:
+            OutOfPages: no page is free for that copy; nothing was changed.
+        """
+        self._require_free(target)
+        self._share(target, self.num_tokens[source], self._held[source])
+        self._slabs.copy(source, target)
+
+    @torch.inference_mode()
+    def snapshot(self, row: int) -> Snapshot:
+        """The row as it is; to be given back by `release`."""
+        num_tokens = self.num_tokens[row]
+        pages = tuple(self._held[row][: self.pages_for(num_tokens)])
+        self.pages.retain(pages)
+        return Snapshot(num_tokens, self._slabs.take(row, fresh=num_tokens == 0), pages, self.page_bytes)
+
+    @torch.inference_mode()
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Set a free row to a snapshot, which stays as it is.
+
+        Raises:
+            OutOfPages: no page is free for a copy of its partly filled one; nothing was changed.
+        """
+        self._require_free(row)
+        self._share(row, snapshot.num_tokens, snapshot.pages)
+        self._slabs.put(row, snapshot.tensors)
+
+    def release(self, snapshot: Snapshot) -> None:
+        """A snapshot ends: its pages lose a holder."""
+        self.pages.release(snapshot.pages)
+
+    @torch.inference_mode()
+    def to_host(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """Copies in CPU memory of all that a snapshot holds, for `from_host`."""
+        tensors = {f"state.{number}": tensor.cpu() for number, tensor in enumerate(snapshot.tensors)}
+        pages = torch.tensor(snapshot.pages, dtype=torch.int64, device=self.device)
+        return tensors | {"pages": self._kv.index_select(1, pages).cpu()}
+
+    @torch.inference_mode()
+    def from_host(self, num_tokens: int, tensors: Mapping[str, Tensor]) -> Snapshot:
+        """A snapshot again, in pages of its own.
+
+        Raises:
+            UserError: a tensor is missing, or is not of this model and page size.
+            OutOfPages: too few pages are free.
+        """
+        names = [f"state.{number}" for number in range(len(self._slabs))]
+        missing = [name for name in (*names, "pages") if name not in tensors]
+        if missing:
+            raise UserError(f"a snapshot without {', '.join(missing)} is not of this model")
+        self._slabs.check([tensors[name] for name in names])
+        stored, count = tensors["pages"], self.pages_for(num_tokens)
+        wanted = (self._kv.shape[0], count, *self._kv.shape[2:])
+        if stored.shape != wanted or stored.dtype != self._kv.dtype:
+            raise UserError(
+                f"pages of a snapshot are {list(stored.shape)} {stored.dtype}, and here {list(wanted)} {self._kv.dtype}"
+            )
+        pages = self.pages.allocate(count)
+        self._kv[:, torch.tensor(pages, dtype=torch.int64, device=self.device)] = stored.to(self.device)
+        states = tuple(tensors[name].to(self.device) for name in names)
+        return Snapshot(num_tokens, states, tuple(pages), self.page_bytes)
+
+    def _share(self, row: int, num_tokens: int, pages: Sequence[int]) -> None:
+        """Give a free row the full pages of these, and a copy of a partly filled one."""
+        full = num_tokens // self.page_size if len(self._kv) else 0
+        copy = self.pages.allocate(self.pages_for(num_tokens) - full)
+        self.pages.retain(pages[:full])
+        self._held[row] = [*pages[:full], *copy]
+        for new in copy:
+            self._kv[:, new] = self._kv[:, pages[full]]
+        self._write_table(row)
+        self._set_length(row, num_tokens)
+
+    def _require_free(self, row: int) -> None:
+        assert not self.num_tokens[row] and not self._held[row], f"row {row} is in use"
+
+
+def _constant(state: State | None) -> dict[str, Tensor]:
+    """The tensors of a layer that do not grow with the sequence."""
+    if state is None:
+        return {}
+    if isinstance(state, KVCache):
+        return {} if state.conv is None else {"conv": state.conv}
+    return state.tensors()
+
+
+def _first_of_run(pages: Sequence[int]) -> int | None:
+    """The first page, if each of the others follows the one before."""
+    return pages[0] if pages and list(pages) == list(range(pages[0], pages[0] + len(pages))) else None
+
+
+def padded_rows(num_rows: int, device: torch.device) -> int:
+    """Rows of memory: on a GPU a step may run on more rows than are in use (see `bucket`)."""
+    return bucket(num_rows) if device.type == "cuda" else num_rows
+
+
+def bucket(num_rows: int) -> int:
+    """The number of rows of a step that so many take part in: 1, 2, 4, 8, 16, and then multiples of 16."""
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 16 else -(-num_rows // 16) * 16

@@ -1,0 +1,129 @@
+"""Units run once, are kept as they finish, merged from other folders, and told on a page."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from statespan.errors import UnknownName, UserError
+from statespan.lab.experiment import Experiment
+from statespan.lab.pages import write_index
+from statespan.lab.results import read_units, results_path
+from statespan.lab.session import LabOptions, run_experiment
+
+Calls = list[tuple[str, int]]
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> LabOptions:
+    return LabOptions(folder=tmp_path / "out", command="statespan lab toy")
+
+
+def test_every_unit_runs_once(toy: Experiment, calls: Calls, options: LabOptions) -> None:
+    page = run_experiment(toy, options)
+    assert calls == [("one", 0), ("two", 0), ("one", 1), ("two", 1)]
+    assert page == options.folder / "toy.md"
+    run_experiment(toy, options)
+    assert len(calls) == 4
+    run_experiment(toy, replace(options, seeds=3))
+    assert calls[4:] == [("one", 2), ("two", 2)]
+
+
+def test_an_interrupted_run_goes_on(toy: Experiment, calls: Calls, options: LabOptions) -> None:
+    def breaks(*arguments: object) -> list[dict[str, int]]:
+        calls.append(("broken", 0))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [{"value": 5}]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(replace(toy, run=breaks), options)
+    path = results_path(options.folder, "toy", "cpu")
+    assert [(unit.variant, unit.seed) for unit in read_units(path)] == [("one", 0), ("two", 0)]
+    with path.open("a") as file:
+        file.write('{"variant": "one", "seed": 1, "rows": [{"val')  # as a full disk leaves it
+    calls.clear()
+    run_experiment(toy, options)
+    assert calls == [("one", 1), ("two", 1)]
+    assert len(read_units(path)) == 4
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_the_page_says_everything(toy: Experiment, options: LabOptions) -> None:
+    text = run_experiment(toy, options).read_text()
+    for part in (
+        "# A toy",
+        "Source: nowhere",
+        "| a value there is | yes |",
+        "| larger than 99 | NO |",
+        "| ? | not answered |",
+        "A note.",
+        "![A toy](toy.cpu.png)",
+        "| one | 30.00 |",
+        "| two | 31.00 |",
+        "command: `statespan lab toy`",
+        "seeds: 0 1\n",
+        "PyTorch",
+        "sizes: size=3",
+        "statespan lab toy --setting h100    # none either",
+    ):
+        assert part in text, part
+    assert (options.folder / "toy.cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_index_counts_the_checks(toy: Experiment, options: LabOptions) -> None:
+    run_experiment(toy, options)
+    write_index(options.folder, {"toy": toy, "other": replace(toy, name="other", title="Another")})
+    text = (options.folder / "index.md").read_text()
+    assert "| [A toy](toy.md) (`toy`) | Toys work | 1 of 2 checks | not run; takes none either |" in text
+    assert "| Another (`other`) | Toys work | not run; takes no time | not run; takes none either |" in text
+
+
+def test_results_of_other_folders_are_merged(
+    toy: Experiment, calls: Calls, options: LabOptions, tmp_path: Path
+) -> None:
+    for name, variant in (("a", "one"), ("b", "two")):
+        run_experiment(toy, replace(options, folder=tmp_path / name, only=(variant,)))
+    calls.clear()
+    merging = replace(options, merge=(tmp_path / "a", tmp_path / "b"))
+    text = run_experiment(toy, merging).read_text()
+    assert calls == []
+    assert text.count("| one | 3") == 2 and text.count("| two | 3") == 2
+    with pytest.raises(UserError, match="no such folder to merge"):
+        run_experiment(toy, replace(options, merge=(tmp_path / "c",)))
+
+
+def test_a_report_runs_nothing(toy: Experiment, calls: Calls, options: LabOptions) -> None:
+    run_experiment(toy, replace(options, only=("two",), seeds=1))
+    calls.clear()
+    text = run_experiment(toy, replace(options, report_only=True)).read_text()
+    assert calls == [] and "| two | 30.00 |" in text
+
+
+def test_results_of_other_sizes_are_refused(toy: Experiment, options: LabOptions) -> None:
+    run_experiment(toy, options)
+    with pytest.raises(UserError, match="holds results with size=3, and now it is 4; name another folder with --out"):
+        run_experiment(toy, replace(options, assignments=("size=4",)))
+
+
+def test_bad_input_gets_one_line(toy: Experiment, options: LabOptions, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    results_path(foreign, "toy", "cpu").write_text('{"no": "result"}\n')
+    for changed, message in (
+        (replace(options, setting="h10"), "unknown setting of toy: 'h10'; did you mean 'h100'?"),
+        (replace(options, only=("ones",)), "unknown variant of toy: 'ones'; did you mean 'one'?"),
+        (replace(options, assignments=("sise=4",)), "unknown key in ToySetting: 'sise'; did you mean 'size'?"),
+        (replace(options, assignments=("seeds=0",)), "seeds must be at least 1, got 0"),
+        (replace(options, folder=file), f"{file} is a file; name a folder with --out"),
+        (replace(options, folder=file / "below"), f"{file / 'below'} cannot be written: Not a directory"),
+        (replace(options, folder=foreign), "line 1 is no result of the lab"),
+    ):
+        with pytest.raises(UserError) as caught:
+            run_experiment(toy, changed)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UnknownName):
+        run_experiment(toy, replace(options, setting="x"))
