@@ -70,6 +70,7 @@ def test_without_settings_there_are_no_ids(folder: Path) -> None:
 
 def test_the_tokenizer_travels_with_the_model(folder: Path, build_random: Any, tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": "{{ x }}"}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     model = build_random(ModelConfig(vocab_size=6, hidden_size=8, eos_token_ids=(1, 5)))
     model.tokenizer = FileTokenizer.from_file(folder / "tokenizer.json")
     for format_name in ("statespan", "transformers"):
@@ -80,6 +81,11 @@ def test_the_tokenizer_travels_with_the_model(folder: Path, build_random: Any, t
         assert back.tokenizer.encode("cat the") == [0, 3, 2]
         assert back.tokenizer.eos_ids == (1, 5)  # those of the model go before those of tokenizer_config.json
         assert back.tokenizer.settings == model.tokenizer.settings
+        assert (target / "chat_template.jinja").read_text() == "{{ messages }}"
+        model.tokenizer.chat_template = None
+        save(model, target, format_name)
+        assert not (target / "chat_template.jinja").exists()  # of the checkpoint that was there
+        model.tokenizer.chat_template = "{{ messages }}"
 
 
 def test_generation_config_goes_before_config(build_random: Any, tmp_path: Path) -> None:

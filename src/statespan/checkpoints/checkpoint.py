@@ -33,7 +33,7 @@ Format = Literal["statespan", "transformers"]
 # Files that belong to a checkpoint: a save removes those that it does not write itself.
 OWNED = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
-    r"|model\.safetensors(\.index\.json)?|model-\d+-of-\d+\.safetensors"
+    r"|chat_template\.jinja|model\.safetensors(\.index\.json)?|model-\d+-of-\d+\.safetensors"
 )
 
 

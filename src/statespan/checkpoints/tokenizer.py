@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BYTE_VOCABULARY = 256
 NO_TEXT = 0xFF  # a byte that UTF-8 never has; stands for ids of a model with more of them than bytes
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
 class ByteTokenizer:
@@ -58,6 +58,7 @@ class FileTokenizer:
         bos_id: id that begins a text, or None.
         eos_ids: ids that end a text.
         settings: content of tokenizer_config.json, kept for saving.
+        chat_template: content of chat_template.jinja, kept likewise.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class FileTokenizer:
         bos_id: int | None = None,
         eos_ids: tuple[int, ...] = (),
         settings: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> None:
         self.backend = backend
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.settings = dict(settings or {})
+        self.chat_template = chat_template
 
     @classmethod
     def from_file(
@@ -95,7 +98,9 @@ class FileTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{file} is no tokenizer that the tokenizers library reads: {error}") from None
         settings = read_json(file.parent / SETTINGS) if (file.parent / SETTINGS).exists() else {}
-        tokenizer = cls(backend, bos_id=bos_id, eos_ids=eos_ids, settings=settings)
+        template = file.parent / TEMPLATE
+        chat_template = template.read_text(encoding="utf-8", errors="replace") if template.exists() else None
+        tokenizer = cls(backend, bos_id=bos_id, eos_ids=eos_ids, settings=settings, chat_template=chat_template)
         if bos_id is None:
             tokenizer.bos_id = tokenizer._named_id("bos_token")
         if not eos_ids:
@@ -117,11 +122,13 @@ class FileTokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json, and tokenizer_config.json where there was one."""
+        """Write tokenizer.json, and tokenizer_config.json and chat_template.jinja where there were such."""
         (directory / FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         if self.settings:
             text = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
             (directory / SETTINGS).write_text(text, encoding="utf-8")
+        if self.chat_template is not None:
+            (directory / TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
 
 def find_tokenizer(directory: Path, config: ModelConfig) -> ByteTokenizer | FileTokenizer | None:

@@ -48,7 +48,7 @@ class Request:
         speculation: "Speculation | None" = None,
     ) -> None:
         self.model, self.options, self.speculation = model, options, speculation
-        self.report: "SpeculationReport | None" = None  # of the speculation, while and after it runs
+        self.report: SpeculationReport | None = None  # of the speculation, while and after it runs
         self.tokenizer = tokenizer = tokenizer or model.tokenizer
         if options.stop_strings and tokenizer is None:
             raise UserError("stop strings need a tokenizer, and the model has none; pass tokenizer= or stop_token_ids=")

@@ -2,39 +2,50 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+
+def _counter(text: str) -> Any:
+    return field(default=0, metadata={"text": text, "gauge": False})
+
+
+def _gauge(text: str) -> Any:
+    return field(default=0, metadata={"text": text, "gauge": True})
 
 
 @dataclass(frozen=True)
 class EngineMetrics:
-    """Counters grow from the engine's start; gauges, named so, are of now."""
+    """Counters grow from the engine's start; gauges are of now. Each field's metadata says what it counts."""
 
-    steps: int = 0
-    requests: int = 0  # submitted
-    finished: Mapping[str, int] = field(default_factory=dict[str, int])  # samples by finish reason
-    prefill_tokens: int = 0  # prompt tokens that went through the model
-    generated_tokens: int = 0
-    drafted_tokens: int = 0  # proposed by speculation
-    accepted_tokens: int = 0  # of these, those that the model would have said itself
-    failures: int = 0  # steps that raised
-    waiting: int = 0  # gauge: requests in the queue
-    prefilling: int = 0  # gauge: requests
-    decoding: int = 0  # gauge: rows
-    rows: int = 0  # gauge: rows of the pool
-    pages_free: int = 0  # gauge
-    pages: int = 0  # gauge: pages of the pool
-    cache_lookups: int = 0
-    cache_hits: int = 0  # lookups that found a snapshot
-    cache_reused_tokens: int = 0  # prompt tokens that need not be prefilled
-    cache_known_tokens: int = 0  # prompt tokens that the cache had seen, but with no snapshot there to start from
-    cache_prompt_tokens: int = 0  # of all lookups
-    cache_snapshots: int = 0  # gauge: in the model's memory
-    cache_bytes: int = 0  # gauge: of these
-    cache_evictions: int = 0  # snapshots that left the model's memory
-    spilled: int = 0  # snapshots written to CPU memory or disk
-    spill_restored: int = 0  # snapshots brought back
-    spill_dropped: int = 0  # files that were damaged, foreign, or could not be written
-    spill_bytes: int = 0  # gauge: in CPU memory
-    spill_dir_bytes: int = 0  # gauge: on disk
+    steps: int = _counter("Steps of the engine")
+    requests: int = _counter("Requests submitted")
+    finished: Mapping[str, int] = field(
+        default_factory=dict[str, int], metadata={"text": "Replies that ended, by finish reason", "gauge": False}
+    )
+    prefill_tokens: int = _counter("Prompt tokens that went through the model")
+    generated_tokens: int = _counter("New tokens")
+    drafted_tokens: int = _counter("Tokens proposed by speculation")
+    accepted_tokens: int = _counter("Proposed tokens that the model would have said itself")
+    failures: int = _counter("Steps that raised")
+    waiting: int = _gauge("Requests in the queue")
+    prefilling: int = _gauge("Requests whose prompt is being absorbed")
+    decoding: int = _gauge("Replies being generated")
+    rows: int = _gauge("Rows of the pool: sequences that can run at once")
+    pages_free: int = _gauge("Pages of keys and values that nobody holds")
+    pages: int = _gauge("Pages of keys and values")
+    cache_lookups: int = _counter("Requests that asked the prefix cache")
+    cache_hits: int = _counter("Look-ups that found a snapshot")
+    cache_reused_tokens: int = _counter("Prompt tokens that need not be prefilled")
+    cache_known_tokens: int = _counter("Prompt tokens seen before, but with no snapshot there to start from")
+    cache_prompt_tokens: int = _counter("Prompt tokens of all look-ups")
+    cache_snapshots: int = _gauge("Snapshots in the model's memory")
+    cache_bytes: int = _gauge("Bytes of the snapshots in the model's memory")
+    cache_evictions: int = _counter("Snapshots that left the model's memory")
+    spilled: int = _counter("Snapshots written to CPU memory or disk")
+    spill_restored: int = _counter("Snapshots brought back")
+    spill_dropped: int = _counter("Snapshot files that were damaged, foreign, or could not be written")
+    spill_bytes: int = _gauge("Bytes of snapshots in CPU memory")
+    spill_dir_bytes: int = _gauge("Bytes of snapshots on disk")
 
     @property
     def cache_hit_rate(self) -> float:

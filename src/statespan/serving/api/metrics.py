@@ -12,10 +12,6 @@ from statespan.serving.metrics import EngineMetrics
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 TOKENS = tuple(4**exponent for exponent in range(11))
-GAUGES = frozenset(
-    {"waiting", "prefilling", "decoding", "rows", "pages_free", "pages"}
-    | {"cache_snapshots", "cache_bytes", "spill_bytes", "spill_dir_bytes"}
-)
 
 
 class ServerMetrics:
@@ -70,10 +66,10 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for field in fields(EngineMetrics):
-            kind = GaugeMetricFamily if field.name in GAUGES else CounterMetricFamily
+            kind = GaugeMetricFamily if field.metadata["gauge"] else CounterMetricFamily
             by_reason = field.name == "finished"
             labels = ["replica", "reason"] if by_reason else ["replica"]
-            family = kind(f"statespan_engine_{field.name}", f"EngineMetrics.{field.name}.", labels=labels)
+            family = kind(f"statespan_engine_{field.name}", f"{field.metadata['text']}.", labels=labels)
             for replica, values in self.metrics.items():
                 value = getattr(values, field.name)
                 if by_reason:
