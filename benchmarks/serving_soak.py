@@ -28,6 +28,7 @@ from statespan.serving.options import EngineOptions
 from statespan.serving.request import Event, Request
 
 CHECK_EVERY, COMPARE_ONE_IN = 1000, 200
+SETTLE_S = 10.0  # for what was cancelled last to leave
 OPTIONS = EngineOptions(max_rows=24, num_pages=1200, cache_bytes=24 << 20, spill_bytes=16 << 20, prefill_tokens=512)
 
 
@@ -61,6 +62,7 @@ class Soak:
         """All clients to their end, then the last checks."""
         self.engine.start()
         await asyncio.gather(*(self._client(number) for number in range(clients)))
+        await self._settle()
         await self.engine.call(self.engine.engine.check)
         outcome, metrics = self.outcome, self.engine.engine.metrics()
         if metrics.decoding or metrics.prefilling or metrics.waiting or metrics.failures:
@@ -73,6 +75,12 @@ class Soak:
         if pages.num_free != pages.num_pages - 1:
             raise AssertionError(f"{pages.num_pages - 1 - pages.num_free} pages were not given back")
         return outcome
+
+    async def _settle(self) -> None:
+        """What clients cancelled last leaves at the engine's next step."""
+        end = time.monotonic() + SETTLE_S
+        while not self.engine.engine.idle and time.monotonic() < end:
+            await asyncio.sleep(0.01)
 
     async def _client(self, number: int) -> None:
         rng = random.Random(f"client {number}")
