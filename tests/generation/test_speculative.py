@@ -8,9 +8,9 @@ import torch
 
 from statespan.errors import UserError
 from statespan.generation import DraftModel, PromptLookup, Speculation, generate, generate_stream
-from statespan.generation.acceptance import RandomNumbers, judge
+from statespan.generation.acceptance import judge
 from statespan.generation.drafters import Draft
-from statespan.generation.sampling import NonFiniteLogits, Sampling, weights
+from statespan.generation.sampling import NonFiniteLogits, RandomNumbers, Sampling, weights
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 11}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from statespan.generation.sampling import Sampling, choose, random_numbers, weights
-from statespan.serving.sampling import BLOCK, RandomNumbers, RowSampling, choose_rows, row_weights
+from statespan.generation.sampling import BLOCK, RandomNumbers, Sampling, choose, random_numbers, weights
+from statespan.serving.sampling import RowSampling, choose_rows, row_weights
 
 WAYS = [
     Sampling(temperature=0),
@@ -49,9 +49,9 @@ def test_rows_that_are_alike(way: Sampling) -> None:
 
 
 def test_random_numbers_come_in_the_order_of_generate() -> None:
-    mine, generator = RandomNumbers(8), torch.Generator().manual_seed(8)
+    mine, generator = RandomNumbers(torch.Generator().manual_seed(8)), torch.Generator().manual_seed(8)
     for _ in range(2 * BLOCK + 3):
-        assert mine.next() == float(random_numbers([generator], 1))
+        assert mine.use()[0] == float(random_numbers([generator], 1))
 
 
 def test_masked_and_broken_rows_leave_the_others_alone() -> None:

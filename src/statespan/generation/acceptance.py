@@ -1,6 +1,5 @@
 """Which drafted tokens a model accepts: exactly the tokens, or the distribution, of decoding without drafts."""
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,37 +9,14 @@ from torch import Tensor
 from statespan.generation.drafters import Draft
 from statespan.generation.sampling import (
     NonFiniteLogits,
+    RandomNumbers,
     Sampling,
     choose,
     penalize_repetition,
     pick,
-    random_numbers,
     require_finite,
     weights,
 )
-
-BLOCK = 64  # random numbers of a row that are drawn at once
-
-
-class RandomNumbers:
-    """The numbers in [0, 1) of one row, in the order in which plain decoding uses them."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
-        self._ahead: deque[float] = deque()
-
-    def peek(self, count: int) -> list[float]:
-        """The next `count` numbers, which stay the next ones."""
-        while len(self._ahead) < count:
-            self._ahead.extend(random_numbers([self._generator], BLOCK)[:, 0].tolist())
-        return [self._ahead[place] for place in range(count)]
-
-    def use(self, count: int = 1) -> list[float]:
-        """The next `count` numbers, which are used up."""
-        numbers = self.peek(count)
-        for _ in range(count):
-            self._ahead.popleft()
-        return numbers
 
 
 @dataclass(frozen=True)

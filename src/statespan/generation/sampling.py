@@ -1,6 +1,7 @@
 """From logits to the next token: penalty, temperature, filters, draw. Pure functions of logits [b v]."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
+
+BLOCK = 64  # random numbers of a row that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,27 @@ def random_numbers(generators: Sequence[torch.Generator], count: int) -> Tensor:
     """[count b] float64 in [0, 1): the next `count` numbers of each row's CPU generator, as one by one."""
     columns = [torch.rand(count, dtype=torch.float64, generator=generator) for generator in generators]
     return torch.stack(columns, dim=1)
+
+
+class RandomNumbers:
+    """The numbers in [0, 1) of one row, in the order in which plain decoding uses them."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._ahead: deque[float] = deque()
+
+    def peek(self, count: int) -> list[float]:
+        """The next `count` numbers, which stay the next ones."""
+        while len(self._ahead) < count:
+            self._ahead.extend(random_numbers([self._generator], BLOCK)[:, 0].tolist())
+        return [self._ahead[place] for place in range(count)]
+
+    def use(self, count: int = 1) -> list[float]:
+        """The next `count` numbers, which are used up."""
+        numbers = self.peek(count)
+        for _ in range(count):
+            self._ahead.popleft()
+        return numbers
 
 
 def draw(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

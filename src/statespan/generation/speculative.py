@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.generation.acceptance import RandomNumbers, Verdict, judge
+from statespan.generation.acceptance import Verdict, judge
 from statespan.generation.batch import TokenLogprob, token_logprobs
 from statespan.generation.drafters import Draft, Drafter, feed, reclaim
 from statespan.generation.options import GenerationOptions
 from statespan.generation.pace import Pace
+from statespan.generation.sampling import RandomNumbers
 from statespan.generation.verifier import Forwards, give_back, take
 from statespan.layers.state import KVCache, ModelState, State
 from statespan.models.language_model import LanguageModel

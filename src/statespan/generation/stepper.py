@@ -7,12 +7,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from statespan.generation.sampling import Sampling, choose, penalize_repetition, random_numbers
+from statespan.generation.sampling import BLOCK, Sampling, choose, penalize_repetition, random_numbers
 from statespan.layers.state import ModelState
 from statespan.models.language_model import LanguageModel
 from statespan.ops.decode_step.tokens import choose_best
 
-BLOCK = 64  # random numbers of a row that go to the device at once
 KEPT = 4  # steppers of a model that wait for the next call; each holds a graph and the state of its rows
 
 Outcome = Callable[[], tuple[list[int], list[float]]]

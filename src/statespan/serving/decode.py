@@ -1,14 +1,14 @@
 """A decode step: each row's newest token goes in, its next one, or several, come out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from statespan.generation.batch import TokenLogprob
-from statespan.generation.sampling import log_probabilities, penalize_repetition
+from statespan.generation.batch import TokenLogprob, token_logprobs
+from statespan.generation.sampling import penalize_repetition
 from statespan.serving.job import Chosen, Sample
 from statespan.serving.runner import Runner
 from statespan.serving.sampling import RowSampling, choose_rows
@@ -56,7 +56,7 @@ class PlainDecode:
         if self._sampling is None or self._rows != tuple(samples):
             self._rows = tuple(samples)
             self._sampling = RowSampling.of([sample.options for sample in samples], self._vocab_size, self._device)
-        numbers = [0.0 if sample.options.greedy else sample.numbers.next() for sample in samples]
+        numbers = [0.0 if sample.options.greedy else sample.numbers.use()[0] for sample in samples]
         on_device = torch.tensor(numbers, dtype=torch.float64)
         on_device = on_device.to(self._device, non_blocking=True) if self._device.type != "mps" else on_device
         ids, best = choose_rows(self._adjusted(logits, samples), self._sampling, on_device)
@@ -90,13 +90,9 @@ class PlainDecode:
         if not rows:
             return {}
         index = torch.tensor(rows, device=logits.device)
-        logprobs = log_probabilities(logits[index])
-        chosen: list[float] = logprobs.gather(1, ids[index].unsqueeze(1)).squeeze(1).tolist()
-        num_top = [min(samples[row].options.num_top, logprobs.shape[1]) for row in rows]
-        best = logprobs.topk(max(num_top), dim=1)
-        tops = zip(best.indices.tolist(), best.values.tolist(), num_top, strict=True)
-        pairs = [tuple(zip(ids[:count], values[:count], strict=True)) for ids, values, count in tops]
-        return {row: TokenLogprob(one, top) for row, one, top in zip(rows, chosen, pairs, strict=True)}
+        num_top = [samples[row].options.num_top for row in rows]
+        found = token_logprobs(logits[index], ids[index].tolist(), max(num_top))
+        return {row: replace(one, top=one.top[:count]) for row, one, count in zip(rows, found, num_top, strict=True)}
 
 
 def _failed(sample: Sample, largest: float) -> Failed:

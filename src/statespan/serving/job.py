@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from statespan.generation.batch import TokenLogprob
+from statespan.generation.sampling import RandomNumbers
 from statespan.generation.stopping import StopStrings
 from statespan.generation.streaming import TextDecoder
 from statespan.models.language_model import LanguageModel, Tokenizer
 from statespan.serving.request import Event, FinishReason, Request, Usage
-from statespan.serving.sampling import RandomNumbers
 
 if TYPE_CHECKING:
     from statespan.serving.constraint import Constraint
@@ -89,7 +89,7 @@ class Sample:
         self.row = -1  # of the state pool
         self.token_ids = list(request.prompt)  # prompt and reply
         self.num_new = 0
-        self.numbers = RandomNumbers((job.seed + index) % 2**63)
+        self.numbers = RandomNumbers(torch.Generator().manual_seed((job.seed + index) % 2**63))
         self.constraint: Constraint | None = None if request.constraint is None else request.constraint.fork()
         self.bias: tuple[Tensor, Tensor] | None = None  # token ids and what is added to their logits
         if request.logit_bias:

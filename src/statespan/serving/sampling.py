@@ -8,23 +8,6 @@ from torch import Tensor
 
 from statespan.generation.sampling import Sampling, pick
 
-BLOCK = 64  # random numbers of a row that are drawn at once, in the order in which `generate` draws them
-
-
-class RandomNumbers:
-    """A row's random numbers in [0, 1), one by one, from its own generator."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._numbers: list[float] = []
-
-    def next(self) -> float:
-        """The next number."""
-        if not self._numbers:
-            block = torch.rand(BLOCK, dtype=torch.float64, generator=self._generator)
-            self._numbers = block.flip(0).tolist()
-        return self._numbers.pop()
-
 
 @dataclass(frozen=True)
 class RowSampling:

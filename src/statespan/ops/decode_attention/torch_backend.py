@@ -23,15 +23,7 @@ def decode_attention(
         seen &= position <= next_position[:, None]
         if sliding_window is not None:
             seen &= position > next_position[:, None] - sliding_window
-    y = F.scaled_dot_product_attention(
-        query[:, :, None],
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=seen[:, None, None],
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[2],
-    )
-    return torch.where(seen.any(1)[:, None, None], y[:, :, 0], 0.0)  # SDPA has no answer where nothing is seen
+    return _attend(query, key, value, seen, scale)
 
 
 def paged_decode_attention(
@@ -56,6 +48,11 @@ def paged_decode_attention(
         seen &= slot >= length[:, None] - sliding_window
     # Pages hold what other rows left; a NaN there must not even be multiplied by zero.
     key, value = (x[pages].flatten(1, 2).masked_fill_(~seen[:, :, None, None], 0) for x in (key, value))
+    return _attend(query, key, value, seen, scale)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """[b h p]: each row over the slots that it has `seen` [b s]; 0 where there is none."""
     y = F.scaled_dot_product_attention(
         query[:, :, None],
         key.transpose(1, 2),
@@ -64,4 +61,4 @@ def paged_decode_attention(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[2],
     )
-    return torch.where(length[:, None, None] > 0, y[:, :, 0], 0.0)  # SDPA has no answer where nothing is seen
+    return torch.where(seen.any(1)[:, None, None], y[:, :, 0], 0.0)  # SDPA has no answer where nothing is seen
