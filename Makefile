@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU build of torch, where the index has one, spares gigabytes of CUDA libraries.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format clean triton-releases sanitize
+.PHONY: demo test gpu-test check format clean triton-releases sanitize
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --durations=15
+
+# The tests that run on a GPU, on a machine with one: the slowest first, one after another to whoever is free.
+GPU_TEST_PROCESSES ?= 16
+gpu-test: $(VENV)/.installed
+	$(BIN)/python -m pytest --gpu -n $(GPU_TEST_PROCESSES) --maxschedchunk 1 --durations=15
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check

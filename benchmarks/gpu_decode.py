@@ -1,6 +1,6 @@
 """Decoding on one GPU: tokens a second of `statespan.generate`, and of its CUDA graph alone, next to the bytes' floor.
 
-    python -m benchmarks.gpu_decode [--only mamba-130m]
+    python -m benchmarks.gpu_decode [--only mamba-130m] [--batch 1 64] [--goals]
 
 Random weights in bfloat16, drawn on the device; prompts of 128 tokens and 128 new ones, greedy. The floor is the time
 in which the weights of a token are read, and the rows' states read and written, at 3.0 TB/s.
@@ -93,7 +93,7 @@ def seconds_of_graph(model: LanguageModel, batch: int, steps: int = 100) -> tupl
     """Of one replay, with the sampling in it, and what the first two steps cost, which compile and capture."""
     stepper = Stepper(model, batch, Sampling(temperature=0))
     logits = torch.randn(batch, model.config.vocab_size, device="cuda")
-    stepper.start(logits, model.new_state(batch), None, [], 2 * steps)
+    stepper.start(logits, model.new_state(batch), [], [], 2 * steps)
     torch.cuda.synchronize()
     started = time.perf_counter()
     stepper.advance()
@@ -125,19 +125,19 @@ def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose name holds this")
-    only = parser.parse_args().only
-    rows: list[Row] = []
+    parser.add_argument("--batch", type=int, nargs="+", default=[case.batch for case in CASES], help="batch sizes")
+    parser.add_argument("--goals", action="store_true", help="only what has a goal")
+    asked = parser.parse_args()
+    cases = [case for case in CASES if asked.only in case.name and case.batch in asked.batch]
+    cases = [case for case in cases if case.goal or not asked.goals]
     model: LanguageModel | None = None
-    for before, case in zip((None, *CASES), CASES, strict=False):
-        if only not in case.name:
-            continue
+    for before, case in zip((None, *cases), cases, strict=False):
         if model is None or before is None or before.name != case.name:
             del model
             gc.collect()
             torch.cuda.empty_cache()
             model = built(case.config)
-        rows += rows_of(case, model)
-    report("gpu_decode", rows, ["statespan", "torch", "triton", "cuda-core"])
+        report("gpu_decode", list(rows_of(case, model)), ["statespan", "torch", "triton", "cuda-core"])
 
 
 if __name__ == "__main__":

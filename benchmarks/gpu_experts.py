@@ -1,6 +1,6 @@
 """Experts' MLPs and the attention of one token on a GPU, beside what they cannot beat in the same run.
 
-    python -m benchmarks.gpu_experts [--only experts]
+    python -m benchmarks.gpu_experts [--only few]
 
 Few tokens are bound by the weights: time over that of reading the experts that they chose once, at a copy's bandwidth.
 Many are bound by the matrix units: their rate over that of dense products of the same size. Times are those of CUDA
@@ -153,18 +153,19 @@ def rows(only: str | None) -> Iterator[Row]:
     copy = copy_bandwidth()
     yield Row("copy of 512 MiB", "torch", copy / 1e6, "GB/s", 0.0)
     with torch.no_grad():
-        for shape in SHAPES if only != "attention" else ():
-            for dtype in (BF16, torch.int8):
+        for shape in SHAPES:
+            for dtype in (BF16, torch.int8) if only in (None, "few") else ():
                 yield from few_rows(shape, dtype, copy)
-            yield from many_rows(shape)
-        if only != "experts":
+            if only in (None, "many"):
+                yield from many_rows(shape)
+        if only in (None, "attention"):
             yield from attention_rows(copy)
 
 
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["experts", "attention"])
+    parser.add_argument("--only", choices=["few", "many", "attention"], help="rows an expert, or attention")
     report("gpu_experts", list(rows(parser.parse_args().only)), ["statespan", "torch", "triton"])
 
 

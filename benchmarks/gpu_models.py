@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_models [train prefill] [--only mamba-130m mamba-370m] [--profile]
 
 Random weights and tokens. Training is forward and backward under bfloat16 autocast with float32 parameters, as it comes
-and as a CUDA graph (`run.cuda_graph=true`), and whole steps with the fused AdamW. The goals stand beside what mamba-ssm
-2.3.2 reached on an H100.
+and as a CUDA graph (`run.cuda_graph=true`), both also with less memory (`run.recompute_projections`), and whole steps
+with the fused AdamW. The goals stand beside what mamba-ssm 2.3.2 reached on an H100.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from benchmarks.gpu_decode import built
 from benchmarks.record import Row, report
 from statespan.models.presets import preset
 from statespan.training.captured import Captured
+from statespan.training.recompute import recomputing
 
 PACKAGES = ["statespan", "torch", "triton", "cuda-core"]
 GIB = 1 << 30
@@ -87,14 +88,18 @@ def profile(run: Callable[[], object]) -> None:
 
 
 def training_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[Row]:
-    """Tokens a second and peak memory: forward + backward, the same as a CUDA graph, and whole steps of AdamW."""
+    """Tokens a second and peak memory: forward + backward, the same as a CUDA graph, and whole steps of AdamW.
+
+    The peak is that of forward + backward as they come, with new gradients.
+    """
     model = statespan.build(case.preset, seed=0, device="cuda", draw_on_device=True)
     ids = torch.randint(0, 50_000, (case.batch, case.length), device="cuda")
-    task = f"{case.name}, training"
+    task, again = f"{case.name}, training", 0.0  # the share of in_proj that runs again in the backward
     goal = f"goal {case.goal:,.0f}, mamba-ssm {case.peer:,.0f}"
+    peer = f"mamba-ssm {case.peer_gib or 'unknown'}"
 
     def forward_backward(ids: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16), recomputing(model.layers, False, again):
             loss = model(ids, labels=ids).loss
         assert loss is not None
         loss.backward()
@@ -102,28 +107,47 @@ def training_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[
 
     def bare() -> None:
         forward_backward(ids)
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
 
-    torch.cuda.reset_peak_memory_stats()
+    def peak_after(run: Callable[[], object]) -> float:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / GIB
+
+    def as_graph() -> tuple[float, float, Callable[[], object]]:
+        captured = Captured(model, forward_backward)
+
+        def replay() -> None:
+            model.zero_grad()
+            captured(ids)
+
+        return *seconds_of(replay, repetitions), replay
+
     seconds, spread = seconds_of(bare, repetitions)
     yield Row(task, "forward + backward", ids.numel() / seconds, "tok/s", spread, goal)
-    peak = torch.cuda.max_memory_allocated() / GIB
-    yield Row(task, "forward + backward", peak, "GiB", 0, f"mamba-ssm {case.peer_gib or 'unknown'}")
+    yield Row(task, "forward + backward", peak_after(bare), "GiB", 0, peer)
     if with_profile:
         profile(bare)
-    captured = Captured(model, forward_backward)
-    seconds, spread = seconds_of(lambda: captured(ids), repetitions)
+    for again in (0.25, 1.0) if case.batch > 1 and case.peer_gib else ():
+        system = f"forward + backward, recompute_projections={again:g}"
+        yield Row(task, system, peak_after(bare), "GiB", 0, peer)
+        seconds, spread = as_graph()[:2]  # the graph and its memory go
+        yield Row(task, f"{system}, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
+        model.zero_grad()
+    again = 0.0
+    seconds, spread, replay = as_graph()
     yield Row(task, "forward + backward, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        captured(ids)
+        replay()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
 
     seconds, spread = seconds_of(step, repetitions)
     yield Row(task, "AdamW step, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
-    yield Row(task, "AdamW step, CUDA graph", torch.cuda.max_memory_allocated() / GIB, "GiB", 0)
+    reserved = torch.cuda.memory_reserved() / GIB  # a graph's memory is not counted as allocated
+    yield Row(task, "AdamW step, CUDA graph", reserved, "GiB reserved", 0)
 
 
 def prefill_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[Row]:
@@ -144,6 +168,8 @@ def prefill_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[R
     yield Row(f"{case.name}, prefill", "statespan bfloat16", peak, "GiB", 0)
     if with_profile:
         profile(run)
+    if seconds > 1:  # the host's part is nothing
+        return
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.graph(graph):
         run()
@@ -163,12 +189,10 @@ def main() -> None:
     parts = {"train": (TRAINING, training_rows), "prefill": (PREFILL, prefill_rows)}
     for part in options.parts:
         cases, rows_of = parts[part]
-        rows: list[Row] = []
         for case in cases:
             if any(part in case.name for part in options.only):
-                rows += rows_of(case, options.profile, options.repetitions)
+                report(f"gpu_{part}", list(rows_of(case, options.profile, options.repetitions)), PACKAGES)
                 torch.cuda.empty_cache()
-        report(f"gpu_{part}", rows, PACKAGES)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def test_our_models_in_transformers(
         ),
         (LLAMA.replace(attention=AttentionConfig(4, rope_theta=1e4, qkv_bias=True)), "biases on some of its attention"),
         (LLAMA.replace(attention=AttentionConfig(4, rope_theta=1e4, rotary_dim=4)), "partial rotary positions"),
+        (LLAMA.replace(attention=AttentionConfig(4, rope_theta=1e4, learned_positions=64)), "learnt positions"),
         (LLAMA.replace(attention=AttentionConfig(4, rope_theta=1e4, conv_kernel=4)), "a conv in its attention"),
         (MIXTRAL.replace(moe=MoEConfig(3, 2, 20, score_function="sigmoid", renormalize=True)), "a sigmoid router"),
         (MIXTRAL.replace(moe=MoEConfig(3, 2, 20, router_bias=True, renormalize=True)), "biases in its experts"),

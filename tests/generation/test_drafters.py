@@ -8,9 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from statespan.checkpoints.tokenizer import ByteTokenizer, FileTokenizer
 from statespan.errors import UserError
 from statespan.generation import Speculation, SubwordDrafter, generate
-from statespan.generation.drafters import _last_word, reclaim, token_texts
+from statespan.generation.drafters import reclaim
 from statespan.generation.pace import FEW, MARGIN, PATIENCE, WINDOW, Pace
 from statespan.generation.sampling import Sampling
+from statespan.generation.subwords import last_word, token_texts
 from statespan.layers.state import RecurrentState
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
@@ -114,7 +115,7 @@ def test_a_subword_drafter_verified_by_a_byte_model():
 
 
 def test_words_and_the_text_of_tokens():
-    assert [_last_word(text) for text in (b"", b"one", b"one two", b"one two ", b"one  two", b"a\n  b")] == [
+    assert [last_word(text) for text in (b"", b"one", b"one two", b"one two ", b"one  two", b"a\n  b")] == [
         0,
         0,
         3,

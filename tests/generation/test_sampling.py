@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from statespan.errors import UserError
+from statespan.generation.penalties import History, penalize
 from statespan.generation.sampling import (
     NonFiniteLogits,
     Sampling,
     draw,
     log_probabilities,
-    penalize_repetition,
     sample,
     weights,
 )
@@ -101,7 +101,7 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     seen = torch.zeros(1, 12, dtype=torch.bool)
     seen[0, [2, 3, 5]] = True
     generator = torch.Generator().manual_seed(3)
-    ids = sample(logits.expand(count, -1), sampling, [generator] * count, seen)
+    ids = sample(logits.expand(count, -1), sampling, [generator] * count, History(seen, torch.zeros(1, 12)))
     share = torch.bincount(ids, minlength=12) / count
     plain = torch.tensor(plain_distribution(logits.tolist(), sampling, {2, 3, 5}))
     assert torch.all(share[plain == 0] == 0)
@@ -160,7 +160,7 @@ def test_a_tiny_temperature_is_nearly_greedy_and_does_not_overflow() -> None:
 def test_repetition_penalty_moves_seen_tokens_down_whatever_their_sign() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
     seen = torch.tensor([[True, True, False, False]])
-    assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
+    assert penalize(logits, History(seen, torch.zeros(1, 4)), repetition=2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
 
 
 def test_tied_tokens_stay_together() -> None:

@@ -120,7 +120,14 @@ def test_a_state_that_is_gone_on_from_stays_valid(tiny):
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_penalty_logprobs_and_events(tiny, options):
     model = tiny("mamba2 hybrid")
-    options = {"max_new_tokens": 25, "repetition_penalty": 1.6, "logprobs": 3, "ignore_eos": True, **options}
+    options = {
+        "max_new_tokens": 25,
+        "repetition_penalty": 1.6,
+        "presence_penalty": 0.5,
+        "logprobs": 3,
+        "ignore_eos": True,
+        **options,
+    }
     plain = generate(model, PROMPTS, **options)
     fast = generate(model, PROMPTS, speculation=speculation(plain), **options)
     for ours, theirs in zip(fast, plain, strict=True):
@@ -244,6 +251,7 @@ def test_logits_that_are_nan_name_the_row():
     judge(logits, [Draft((0,)), Draft((3,))], Sampling(temperature=0), numbers)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2", "jamba", "s4"])
 def test_graphs_on_a_gpu(tiny, kind):

@@ -18,7 +18,7 @@ PROMPTS = ([PROMPT], [PROMPT[:3], PROMPT, PROMPT[:5]], [PROMPT[: 1 + i % 7] for 
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "nucleus": {"temperature": 1.5, "top_p": 0.9, "seed": 3},
-    "filters": {"top_k": 20, "min_p": 0.02, "repetition_penalty": 1.3, "seed": 4},
+    "filters": {"top_k": 20, "min_p": 0.02, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "seed": 4},
     "stops": {"seed": 9, "stop_token_ids": list(range(8))},
     "log-probabilities": {"seed": 9, "stop_token_ids": list(range(8)), "logprobs": 2},
 }
@@ -101,6 +101,7 @@ def test_numbers_in_blocks_are_those_drawn_one_by_one() -> None:
     assert torch.equal(block, torch.cat([random_numbers(alone, 1) for _ in range(130)]))
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("options", ["greedy", "filters", "stops"])
 def test_a_gpu_says_what_the_cpu_says(options: str, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +112,7 @@ def test_a_gpu_says_what_the_cpu_says(options: str, model: LanguageModel, monkey
     check_equal(model, on_gpu, OPTIONS[options])
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_graphs_are_kept_and_read_new_weights(tiny: Callable[[str], LanguageModel]) -> None:
     model = tiny("mamba1").cuda()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from statespan.errors import UserError
 from statespan.layers.attention import Attention
 from statespan.layers.config import AttentionConfig
 
@@ -73,3 +74,24 @@ def test_ended_documents_leave_the_cache() -> None:
             assert state.key.shape[1] <= 128
         whole, _ = mixer(hidden, segments=segments)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_learnt_positions_are_counted_in_each_sequence() -> None:
+    """By hand: the input of a layer without them, plus a row of the table for each token's place in its document."""
+    torch.manual_seed(0)
+    mixer = Attention(HIDDEN, AttentionConfig(num_heads=2, learned_positions=8)).double()
+    plain = Attention(HIDDEN, AttentionConfig(num_heads=2)).double()
+    plain.load_state_dict({k: v for k, v in mixer.state_dict().items() if not k.startswith("position_embedding")})
+    hidden, segments = torch.randn(1, 9, HIDDEN, dtype=torch.float64), torch.tensor([[-1, 0, 0, 0, 0, 1, 1, 1, -1]])
+    places = torch.tensor([0, 0, 1, 2, 3, 0, 1, 2, 0])
+    out, _ = mixer(hidden, segments=segments)
+    expected, _ = plain(hidden + mixer.position_embedding.weight[places], segments=segments)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_text_longer_than_the_learnt_positions() -> None:
+    mixer = Attention(HIDDEN, AttentionConfig(num_heads=2, learned_positions=8))
+    state = mixer.new_state(1, torch.device("cpu"), torch.float32)
+    _, state = mixer(torch.randn(1, 8, HIDDEN), state)
+    with pytest.raises(UserError, match="9 tokens, more than attention"):
+        mixer(torch.randn(1, 1, HIDDEN), state)

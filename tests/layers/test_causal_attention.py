@@ -12,6 +12,7 @@ from statespan.layers.causal_attention import causal_attention, masked_attention
 from statespan.layers.config import AttentionConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 
 def truth(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -43,6 +44,49 @@ def test_causal(
         exact = truth(query, key, value, sees(slot[slots - tokens :], slot, window).expand(2, -1, -1))
         limit = 2e-6 if dtype == torch.float32 else 2e-2
         assert (y.double().cpu() - exact).abs().max() <= limit * exact.abs().max()
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(8, 16), (8, 31), (8, 49), (12, 200)])
+def test_a_long_past_in_parts(tokens: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 8, 16, 32 .. slots that all tokens see, and the rest with an edge; here by the softmax written out."""
+    sizes: list[int] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        score = (query @ key.mT / math.sqrt(query.shape[3])).masked_fill(~mask, -math.inf)
+        return score.softmax(-1) @ value, score.logsumexp(-1)
+
+    def whole(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(key.shape[2])
+        return attend(query, key, value, torch.ones(1, dtype=torch.bool, device=key.device))
+
+    def to_edge(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        slot = torch.arange(key.shape[2], device=key.device)
+        return attend(query, key, value, sees(slot[-query.shape[2] :], slot, None))
+
+    monkeypatch.setattr(module, "PART", 8)
+    monkeypatch.setattr(module, "_seen_whole", whole)
+    monkeypatch.setattr(module, "_seen_to_edge", to_edge)
+    query, key, value = tensors(tokens, slots, 6, 2, torch.float32)
+    y = module._joined_parts(query, key, value)
+    slot = torch.arange(slots)
+    exact = truth(query, key, value, sees(slot[slots - tokens :], slot, None).expand(2, -1, -1))
+    assert (y.double().cpu() - exact).abs().max() <= 2e-6 * exact.abs().max()
+    assert sum(sizes) == (slots - tokens) // 8 * 8 and len(set(sizes)) == len(sizes)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("slots", [8192 + 1024, 3 * 8192 + 77 + 1024])
+def test_a_long_past_on_a_gpu(slots: int) -> None:
+    """On a Hopper in parts, elsewhere by one kernel."""
+    query = torch.randn(1, 1024, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    key, value = torch.randn(2, 1, slots, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+    with torch.inference_mode():
+        y = causal_attention(query, key, value)
+    slot = torch.arange(slots)
+    exact = truth(query, key, value, sees(slot[-1024:], slot, None).unsqueeze(0))
+    assert (y.double().cpu() - exact).abs().max() <= 2e-2 * exact.abs().max()
 
 
 def test_any_mask_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,14 @@ from statespan.layers.config import (
     RecurrentConfig,
     S4Config,
     S4DConfig,
+    S6Config,
 )
 from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mamba2 import Mamba2
 from statespan.layers.mixer import Mixer
 from statespan.layers.recurrent import Recurrent
 from statespan.layers.s4 import LSSL, S4, S4D
+from statespan.layers.s6 import S6
 
 HIDDEN = 24
 MIXERS = {
@@ -40,6 +42,7 @@ MIXERS = {
     "attention-window": lambda: Attention(
         HIDDEN, AttentionConfig(num_heads=4, num_kv_heads=1, rope_theta=50.0, sliding_window=3)
     ),
+    "attention-learned-positions": lambda: Attention(HIDDEN, AttentionConfig(num_heads=4, learned_positions=32)),
     "attention-conv": lambda: Attention(HIDDEN, AttentionConfig(num_heads=4, num_kv_heads=2, conv_kernel=4)),
     "s4": lambda: S4(HIDDEN, S4Config(state_size=6)),
     "s4-mamba-block": lambda: S4(HIDDEN, S4Config(state_size=4, block="mamba", expand=2)),
@@ -47,6 +50,8 @@ MIXERS = {
     "s4d-h3-block": lambda: S4D(HIDDEN, S4DConfig(state_size=4, block="h3", init="legs", conv_kernel=3)),
     "s4d-real": lambda: S4D(HIDDEN, S4DConfig(state_size=5, init="real", discretization="bilinear", block="gelu")),
     "lssl": lambda: LSSL(HIDDEN, LSSLConfig(state_size=5)),
+    "s6": lambda: S6(HIDDEN, S6Config(state_size=5)),
+    "s6-h3-block": lambda: S6(HIDDEN, S6Config(state_size=4, block="h3", conv_kernel=3)),
     "lstm": lambda: Recurrent(HIDDEN, RecurrentConfig(), "lstm"),
     "gru": lambda: Recurrent(HIDDEN, RecurrentConfig(bias=False), "gru"),
 }

@@ -1,5 +1,7 @@
 """Parameters, FLOPs and bytes of a config against the real modules, PyTorch's FLOP counter and published figures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +17,7 @@ from statespan.layers.config import (
     RecurrentConfig,
     S4Config,
     S4DConfig,
+    S6Config,
 )
 from statespan.models.accounting import (
     count_layer_parameters,
@@ -37,7 +40,7 @@ from statespan.models.presets import preset
 
 GIB = 2**30
 CONTEXT = 256 * 1024
-MIXERS = ["mamba1", "mamba2", "attention", "s4", "s4d", "lssl", "lstm", "gru"]
+MIXERS = ["mamba1", "mamba2", "attention", "s4", "s4d", "lssl", "s6", "lstm", "gru"]
 
 # odd sizes, every option once on and once off
 PLAIN = ModelConfig(
@@ -49,6 +52,7 @@ PLAIN = ModelConfig(
     s4=S4Config(state_size=10),
     s4d=S4DConfig(state_size=6, block="mamba", expand=2),
     lssl=LSSLConfig(state_size=5, block="s5"),
+    s6=S6Config(state_size=5, dt_rank=3),
     mlp=MLPConfig(17),
     moe=MoEConfig(num_experts=5, top_k=2, intermediate_size=9),
 )
@@ -60,10 +64,13 @@ OPTIONS = ModelConfig(
     final_norm="layer",
     mamba1=Mamba1Config(expand=3, conv_bias=False, proj_bias=True, inner_norms=True),
     mamba2=Mamba2Config(num_heads=10, head_dim=4, conv_bias=False, proj_bias=True, gated_norm=False),
-    attention=AttentionConfig(num_heads=3, head_dim=10, qkv_bias=True, out_bias=True, conv_kernel=4),
+    attention=AttentionConfig(
+        num_heads=3, head_dim=10, qkv_bias=True, out_bias=True, conv_kernel=4, learned_positions=9
+    ),
     s4=S4Config(state_size=4, block="h3", conv_kernel=3, proj_bias=True),
     s4d=S4DConfig(state_size=7, init="real", block="gelu", proj_bias=True),
     lssl=LSSLConfig(state_size=6, block="mamba"),
+    s6=S6Config(state_size=4, block="h3", expand=2, proj_bias=True),
     recurrent=RecurrentConfig(bias=False),
     mlp=MLPConfig(17, activation="gelu", bias=True),
     moe=MoEConfig(num_experts=3, top_k=1, intermediate_size=9, activation="relu", bias=True, router_bias=True),
@@ -164,11 +171,14 @@ def test_flops_by_hand() -> None:
         "s4": 2 * 24 * 48 + 20 * 24 * 10,
         "s4d": 2 * (24 * 96 + 48 * 4 + 48 * 24) + 7 * 48 * 6,
         "lssl": 2 * 24 * 24 + 2 * 24 * 5 * 7,
+        "s6": 2 * (24 * 48 + 24 * 13 + 3 * 24) + 7 * 24 * 5,
         "lstm": 2 * (2 * 4 * 24 * 24),
         "gru": 2 * (2 * 3 * 24 * 24),
         "mlp": 2 * 3 * 24 * 17,
         "moe": 2 * (24 * 5 + 2 * 3 * 24 * 9),
     }
+    bare = OPTIONS.replace(attention=replace(OPTIONS.attention, learned_positions=None))
+    assert len({layer_forward_flops(c, LayerSpec("attention"), 100) for c in (OPTIONS, bare)}) == 1  # looked up
     assert layer_forward_flops(OPTIONS, LayerSpec(None, "moe"), 100) == 2 * (24 * 3 + 2 * 24 * 9)  # biases are free
 
 

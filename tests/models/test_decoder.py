@@ -112,3 +112,21 @@ def test_quantised_experts_are_near() -> None:
         after = quantize(model)(tokens).logits
     assert 0 < (after - before).norm() / before.norm() < 0.02
     assert model.layers[0].feed_forward.experts.up_proj.dtype == torch.int8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 3, 9, 70])
+def test_blocks_that_are_one_call_on_a_gpu(rows: int) -> None:
+    """Mamba-1 blocks in a row, between others."""
+    torch.manual_seed(6)
+    layers = ("mamba1+mlp", "mamba1", "mamba1", "mamba1", "mlp", "mamba1")
+    config = BASE.replace(
+        hidden_size=512,
+        mamba1=Mamba1Config(dt_rank=32),
+        mlp=MLPConfig(intermediate_size=256),
+        layers=tuple(LayerSpec.from_text(text) for text in layers),
+    )
+    model = build(config, seed=1, dtype=torch.bfloat16, device="cuda").eval()
+    with torch.device("cuda"):
+        assert largest_difference(model, rows) < 0.03

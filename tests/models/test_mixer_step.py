@@ -17,6 +17,7 @@ ATTENTION = {
     "plain": AttentionConfig(num_heads=4),
     "rope, groups": AttentionConfig(num_heads=4, num_kv_heads=2, rope_theta=50.0),
     "window": AttentionConfig(num_heads=4, num_kv_heads=1, rope_theta=50.0, sliding_window=5),
+    "learned positions": AttentionConfig(num_heads=4, learned_positions=20),
     "conv": AttentionConfig(num_heads=4, rope_theta=50.0, rotary_interleaved=True, conv_kernel=3),
 }
 
@@ -65,6 +66,42 @@ def test_static_attention_equals_the_layer(name: str, padded: bool, monkeypatch:
                 went_on, _ = layer(norm(hidden[:, None]), ours)
                 torch.testing.assert_close(went_on, layer(norm(hidden[:, None]), theirs)[0], rtol=1e-5, atol=1e-5)
     assert moves == 0, "the second time there was room"
+
+
+@pytest.mark.parametrize("name", ["plain", "conv"])
+@torch.inference_mode()
+def test_a_cache_is_not_held_twice(name: str) -> None:
+    """A prompt's buffers are gone on in; the state keeps its value, and whoever else goes on from it copies them."""
+    layer, norm = built(Attention(WIDTH, ATTENTION[name]))
+    state = started(layer, norm, False)
+    assert state.length < state.key.shape[1] - 8
+    state.key[:, state.length :] = torch.nan  # what nobody wrote
+    copy = state.clone()
+    steps = [StaticAttention(layer, norm, layer.new_state(ROWS, torch.device("cpu"), torch.float32)) for _ in range(2)]
+    for step in steps:
+        step.start(state, 8)
+    held = [step._cache.key.data_ptr() == state.key.data_ptr() for step in steps]
+    assert held == [True, False]
+    for token in range(8):
+        hidden = torch.randn(2, ROWS, WIDTH)
+        for step, own in zip(steps, hidden, strict=True):
+            step.make_room()
+            assert step(own).isfinite().all(), token
+    expected, after = layer(norm(hidden[0, :, None]), copy)
+    found, theirs = layer(norm(hidden[0, :, None]), state)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(state.next_position, copy.next_position) and torch.equal(
+        after.next_position, theirs.next_position
+    )
+    assert theirs.key.data_ptr() != state.key.data_ptr()
+    plain = layer_step(layer, norm)
+    again = StaticAttention(layer, norm, layer.new_state(ROWS, torch.device("cpu"), torch.float32))
+    plain.start(copy, 8)
+    again.start(copy.clone(), 8)
+    for _ in range(8):
+        own = torch.randn(ROWS, WIDTH)
+        again.make_room()
+        torch.testing.assert_close(again(own), plain(own), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])

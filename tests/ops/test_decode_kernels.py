@@ -15,7 +15,18 @@ from statespan.layers.moe import Int8Experts, MoE
 from statespan.layers.norm import RMSNorm
 from statespan.models.quantize import Int8Linear
 from statespan.ops.cuda_kernels import compiler
-from statespan.ops.decode_step import HeadWeights, Projection, cuda, launch, multiply, project, tokens, update
+from statespan.ops.decode_step import (
+    HeadWeights,
+    Projection,
+    cuda,
+    large,
+    launch,
+    multiply,
+    project,
+    stack,
+    tokens,
+    update,
+)
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 SPILL_BYTES = 16
@@ -67,6 +78,14 @@ def head(rows: int, dtype=BF16):
     return step, (torch.zeros(rows, HIDDEN),)
 
 
+def mamba1_stack(width: int, blocks: int, rows=1, stream=F32, **changes: object):
+    pairs = [(Mamba1(width, Mamba1Config(**changes)).to(BF16), RMSNorm(width, 1e-5).to(BF16)) for _ in range(blocks)]
+    states = [layer.new_state(rows, torch.device("cpu"), BF16) for layer, _ in pairs]
+    weights = [layer.step_weights(norm) for layer, norm in pairs]
+    step = stack.mamba1_stack(weights, [(state.conv, state.ssm) for state in states], stream)
+    return step, (torch.zeros(rows, width, dtype=stream),)
+
+
 def ends(rows: int, dtype=BF16):
     """Tokens to the residual stream, and logits to tokens."""
     embed = tokens.kernel_embedder(torch.zeros(99, HIDDEN, dtype=dtype), rows, F32)
@@ -102,6 +121,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "head": lambda: head(1),
     "head, many rows": lambda: head(64),
     "ends": lambda: ends(2),
+    "stack": lambda: mamba1_stack(768, 3),
+    "stack, wide": lambda: mamba1_stack(2560, 2, conv_bias=False, discretization="zoh"),
+    "stack, many rows": lambda: mamba1_stack(2560, 2, rows=64),
+    "stack, 130 rows": lambda: mamba1_stack(256, 2, rows=130, conv_bias=False, inner_norms=True, dt_rank=24),
+    "stack, 100 rows, bfloat16": lambda: mamba1_stack(2048, 2, rows=100, stream=BF16, conv_kernel=2),
+    "stack, bfloat16": lambda: mamba1_stack(1536, 2, stream=BF16, discretization="bilinear", conv_kernel=2),
     "head, float32": lambda: head(8, dtype=F32),
 }
 EVERYWHERE = (
@@ -118,11 +143,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, tuple[tuple[str,
     """What would be loaded: names and macros."""
     found: set[tuple[str, tuple[tuple[str, str | int], ...]]] = set()
     monkeypatch.setattr(launch, "_load", lambda name, device, arch, macros: found.add((name, macros)))
+    monkeypatch.setattr(large, "tensor_map", lambda weight, tile: torch.zeros(16, dtype=torch.int64))
     monkeypatch.setattr(launch, "_allow_shared", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    for module in (project, multiply, update):
+    for module in (project, multiply, update, stack, large):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    for module in (project, multiply):
+    for module in (project, multiply, stack, large):
         monkeypatch.setattr(module, "shared_memory", lambda device: 227 << 10)
     return found
 
@@ -134,14 +160,18 @@ def test_steps_compile(case: str, arch: str, launched) -> None:
     assert launched
     for name, macros in launched:
         log: list[str] = []
-        code = compiler.compile_cubin(launch.HERE / f"{name}.cu", arch, dict(macros), log)
+        own = "a" if name == "large" else ""
+        code = compiler.compile_cubin(launch.HERE / f"{name}.cu", arch + own, dict(macros), log)
         text = "".join(log)
         assert code[:4] == b"\x7fELF" and "bytes spill stores" in text
         assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", text)) <= SPILL_BYTES, text
         assert max([0, *(int(count) for count in re.findall(r"(\d+) bytes smem", text))]) <= SHARED_BYTES, text
 
 
-TYPES = {"float": F32, "bfloat16": BF16, "float16": F16, "int8": torch.int8, "int": torch.int32, "i64": torch.int64}
+TYPES = {
+    **{"float": F32, "bfloat16": BF16, "float16": F16, "int8": torch.int8, "int": torch.int32, "i64": torch.int64},
+    **{"u32": torch.int32, "uint2": torch.int32, "Layer": torch.int64},  # a number and its epoch; addresses
+}
 
 
 def parameters(name: str) -> list[str]:
@@ -149,6 +179,14 @@ def parameters(name: str) -> list[str]:
     text = compiler.source_of(launch.HERE / f"{name}.cu")
     (signature,) = re.findall(rf"__launch_bounds__\([^)]+\) {name}\((.*?)\) \{{", text, flags=re.DOTALL)
     return [part.strip() for part in signature.split(",")]
+
+
+@pytest.mark.parametrize("arch", ["sm_100", "sm_120"])
+def test_the_stack_compiles_for_newer_gpus(arch: str, launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "shared_memory", lambda device: (99 if arch == "sm_120" else 227) << 10)
+    assert CASES["stack"]()[0] is not None
+    for name, macros in launched:
+        assert compiler.compile_cubin(launch.HERE / f"{name}.cu", arch, dict(macros))[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("case", CASES)

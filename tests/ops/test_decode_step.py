@@ -18,6 +18,7 @@ from statespan.layers.norm import RMSNorm
 from statespan.layers.state import SSMState
 from statespan.ops.decode_step import HeadWeights, Projection, prepare
 from statespan.ops.decode_step.multiply import Multiply
+from statespan.ops.decode_step.stack import mamba1_stack
 from statespan.ops.decode_step.tokens import choose_best, embedder
 
 BACKENDS = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # conftest.py makes the latter's tensors there
@@ -45,7 +46,7 @@ MAMBA2 = {
     "bilinear": Mamba2Config(state_size=20, head_dim=8, discretization="bilinear", conv_kernel=2),
 }
 FEED_FORWARD = {
-    "swiglu": MLPConfig(intermediate_size=40),
+    "swiglu": MLPConfig(intermediate_size=48),
     "relu, bias": MLPConfig(intermediate_size=48, activation="relu", bias=True),
     "silu": MLPConfig(intermediate_size=16, activation="silu"),
     "experts": MoEConfig(num_experts=5, top_k=2, intermediate_size=80),
@@ -188,6 +189,21 @@ def test_feed_forward_equals_float64(name, kind, rows, backend):
     assert torch.equal(first, step(hidden.clone()))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_no_multiple_of_16_bytes(backend, kind, rows):
+    """A GPU leaves these to products that round what they pass on: hardly more than the layer's own forward."""
+    torch.manual_seed(8)
+    layer, norm = built(MLP(HIDDEN, MLPConfig(intermediate_size=40)), kind)
+    hidden = torch.randn(rows, HIDDEN).to(norm.weight.dtype)
+    step = prepare(layer.step_weights(norm), rows, hidden.dtype, hidden.dtype)
+    assert step is not None
+    truth = hidden.double() + exact(layer)(exact(norm)(hidden.double()[:, None]))[0][:, 0]
+    plain = hidden + layer(norm(hidden[:, None]))[0][:, 0]
+    assert (step(hidden.clone()).double() - truth).norm() <= 2 * (plain.double() - truth).norm()
+
+
 def check_many(layer, norm, rows, stream):
     """What passes between the parts is rounded here too: hardly more than in the layer's own forward."""
     dtype = norm.weight.dtype
@@ -230,6 +246,8 @@ def test_matrix_units_on_a_gpu(dtype, rows, backend, monkeypatch):
     for hidden, changes in MATRIX.items():
         monkeypatch.setattr(sys.modules[__name__], "HIDDEN", hidden)
         layer, norm = (x.to(dtype) for x in built(Mamba1(hidden, Mamba1Config(**changes)), "bfloat16"))
+        for projection in (layer.in_proj, layer.x_proj, layer.out_proj):
+            projection.weight.mul_(0.2)  # float16 ends at 65,504
         check_many(layer, norm, rows, dtype)
         check_many(layer, norm, rows, torch.float32)
 
@@ -262,6 +280,82 @@ def test_products_on_matrix_units(outputs, inputs, rows, backend):
         assert error(first, truth) < 3e-6
         assert torch.equal(first, Multiply(Projection(weight), rows)(x))
         assert error(Multiply(Projection(weight), rows, outputs=outputs - 3)(x), truth[:, :-3]) < 3e-6
+
+
+STACKS = {  # by the width of the residual stream
+    512: {"dt_rank": 24},
+    768: {"conv_bias": False, "conv_kernel": 2, "discretization": "zoh"},
+    1536: {"dt_rank": 8, "discretization": "bilinear"},
+    2560: {},
+}
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", STACKS)
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_a_stack_on_a_gpu(width, stream, backend, monkeypatch):
+    """Three tokens through three blocks; the second and the third meet what the one before left in scratch memory."""
+    monkeypatch.setattr(sys.modules[__name__], "HIDDEN", width)
+    torch.manual_seed(9)
+    pairs = [built(Mamba1(width, Mamba1Config(**STACKS[width])), "bfloat16") for _ in range(3)]
+    for layer, _ in pairs:
+        for projection in (layer.in_proj, layer.x_proj, layer.out_proj):
+            projection.weight.mul_(0.1)
+    states = [layer.new_state(1, norm.weight.device, torch.bfloat16) for layer, norm in pairs]
+    weights = [layer.step_weights(norm) for layer, norm in pairs]
+    step = mamba1_stack(weights, [(state.conv, state.ssm) for state in states], stream)
+    assert step is not None
+    for _ in range(3):
+        hidden = torch.randn(1, width).to(stream)
+        truth, after = hidden.double(), []
+        for (layer, norm), state in zip(pairs, states, strict=True):
+            exact_state = SSMState(state.conv.double(), state.ssm.double())
+            mixed, state = exact(layer)(exact(norm)(truth[:, None]), exact_state)
+            truth = truth + mixed[:, 0]
+            after.append(state)
+        assert error(step(hidden), truth) < (LIMIT["float32"] if stream == torch.float32 else 3 * LIMIT["bfloat16"])
+        for state, expected in zip(states, after, strict=True):
+            # A rounded stream is what the next block reads.
+            assert error(state.conv, expected.conv) < (1 if stream == torch.float32 else 3) * LIMIT["bfloat16"]
+            assert error(state.ssm, expected.ssm) < (LIMIT["float32"] if stream == torch.float32 else 2**-7)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [9, 64, 65, 130])
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_a_stack_of_many_rows_on_a_gpu(dtype, rows, backend, monkeypatch):
+    """Two tokens through two blocks: hardly further from float64 than the layers' own forward."""
+    torch.manual_seed(10)
+    for width, changes in {128: MATRIX[128], 640: MATRIX[640], 192: {"inner_norms": True, "dt_rank": 40}}.items():
+        monkeypatch.setattr(sys.modules[__name__], "HIDDEN", width)
+        config = Mamba1Config(**changes)
+        pairs = [tuple(x.to(dtype) for x in built(Mamba1(width, config), "bfloat16")) for _ in range(2)]
+        for layer, _ in pairs:
+            for projection in (layer.in_proj, layer.x_proj, layer.out_proj):
+                projection.weight.mul_(0.1)
+        for stream in (dtype, torch.float32):
+            ours = [layer.new_state(rows, norm.weight.device, dtype) for layer, norm in pairs]
+            plain = [layer.new_state(rows, norm.weight.device, dtype) for layer, norm in pairs]
+            truth = [SSMState(state.conv.double(), state.ssm.double()) for state in ours]
+            weights = [layer.step_weights(norm) for layer, norm in pairs]
+            step = mamba1_stack(weights, [(state.conv, state.ssm) for state in ours], stream)
+            assert step is not None
+            for _ in range(2):
+                hidden = torch.randn(rows, width).to(stream)
+                values = [step(hidden.clone()), hidden, hidden.double()]
+                for i, (layer, norm) in enumerate(pairs):
+                    mixed, plain[i] = layer(norm(values[1][:, None]), plain[i])
+                    values[1] = values[1] + mixed[:, 0]
+                    mixed, truth[i] = exact(layer)(exact(norm)(values[2][:, None]), truth[i])
+                    values[2] = values[2] + mixed[:, 0]
+                distance, plain_distance = ((value.double() - values[2]).norm() for value in values[:2])
+                assert distance <= 2 * plain_distance
+            for mine, theirs, exactly in zip(ours, plain, truth, strict=True):
+                for name in ("conv", "ssm"):
+                    states = [getattr(state, name).double() for state in (mine, theirs, exactly)]
+                    assert (states[0] - states[2]).norm() <= max(2 * (states[1] - states[2]).norm(), 3e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

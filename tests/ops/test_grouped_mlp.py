@@ -154,9 +154,20 @@ def test_twice_the_same_to_the_bit(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", *GPU])
-@pytest.mark.parametrize("tokens", [7, 200, 1000])
-def test_bfloat16_error_is_that_of_plain_pytorch(tokens: int, backend: str) -> None:
-    p = problem(tokens, sizes=(5, 64, 48))
+@pytest.mark.parametrize(
+    ("tokens", "choices", "activation", "sizes"),
+    [
+        (7, 2, "swiglu", (5, 64, 48)),
+        (200, 2, "swiglu", (5, 64, 48)),
+        (1000, 2, "swiglu", (5, 64, 48)),
+        (1000, 1, "gelu", (5, 208, 144)),
+        (700, 3, "geglu", (5, 144, 208)),
+    ],
+)
+def test_bfloat16_error_is_that_of_plain_pytorch(
+    tokens: int, choices: int, activation: str, sizes: tuple[int, int, int], backend: str
+) -> None:
+    p = problem(tokens, choices, activation=activation, sizes=sizes)
     half = p | {
         name: p[name].detach().to(torch.float32 if name == "expert_weight" else torch.bfloat16).requires_grad_()
         for name in NAMES
@@ -211,16 +222,20 @@ def test_float32_on_a_gpu(
 
 @pytest.mark.parametrize("backend", GPU)
 @pytest.mark.parametrize("keep", [False, True])
-def test_an_index_that_names_no_expert_is_nan_on_a_gpu(keep: bool, backend: str) -> None:
-    p = problem(23, dtype=torch.float32)
-    expected = dense(p)
+@pytest.mark.parametrize(("tokens", "choices", "dtype"), [(23, 2, torch.float32), (900, 1, torch.bfloat16)])
+def test_an_index_that_names_no_expert_is_nan_on_a_gpu(
+    tokens: int, choices: int, dtype: torch.dtype, keep: bool, backend: str
+) -> None:
+    p = problem(tokens, choices, dtype=dtype, sizes=(5, 16, 32))
+    truth = dense(exact(p))
     p["expert_index"] = p["expert_index"].clone()
-    p["expert_index"][[4, 7], [0, 1]] = torch.tensor([5, -2])
+    p["expert_index"][[4, 7], [0, choices - 1]] = torch.tensor([5, -2])
     with torch.set_grad_enabled(keep):
         y = grouped_mlp(**p, backend=backend)
     assert y[[4, 7]].isnan().all()
-    others = [token for token in range(23) if token not in (4, 7)]
-    torch.testing.assert_close(y[others], expected[others], rtol=1e-4, atol=1e-5)
+    others = [token for token in range(tokens) if token not in (4, 7)]
+    assert (y - truth)[others].norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * truth.norm()
+    assert (y[1] == 0).all()  # whose choices were dropped
 
 
 @pytest.mark.parametrize("backend", GPU)
@@ -241,7 +256,9 @@ def test_one_graph_for_every_routing(tokens: int, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [*GPU, *BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "sizes"), [(1, (5, 6, 4)), (7, (5, 64, 48)), (60, (5, 64, 48)), (600, (5, 64, 48))])
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), [(1, (5, 6, 4)), (7, (5, 64, 48)), (60, (5, 64, 48)), (600, (5, 64, 48)), (1500, (5, 64, 48))]
+)
 def test_int8_weights(tokens: int, sizes: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
     p = problem(tokens, sizes=sizes, dtype=dtype)
     p |= {name: p[name].detach() for name in NAMES}
@@ -283,6 +300,7 @@ def test_backward_keeps_inputs_and_inner_rows() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias: bool, backend: str) -> None:
     p = problem(7, bias=bias, dtype=torch.float32)
+    p["expert_index"] = p["expert_index"].clamp(min=0)  # what is kept of a dropped choice is anything
     keep = backend != "reference"
     torch.library.opcheck(torch.ops.statespan.grouped_mlp.default, (*p.values(), keep, backend))
 

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import selective_scan
+from statespan.ops.selective_scan import cuda_plan
 
 GPU = ["cuda", "triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 FAST = ["cpu", *GPU]
@@ -405,6 +407,56 @@ def test_splits_of_a_long_sequence(states: int, discretization: str, segmented: 
     for name, value in found.items():
         errors = [(result.double() - exact[name]).abs().max() for result in (value, yardstick[name])]
         assert errors[0] <= 3 * errors[1] + LIMIT * exact[name].abs().max(), name
+
+
+def check_halves(inputs: dict[str, Tensor], **options) -> None:
+    """On the backend "cuda", in 16 bits, no further from float64 than plain PyTorch is in the same."""
+    exact, yardstick = run(inputs, torch.float64, **options), run(inputs, backend="reference", **options)
+    for name, value in run(inputs, backend="cuda", **options).items():
+        errors = [(result.double() - exact[name]).abs().max() for result in (value, yardstick[name])]
+        assert errors[0] <= 2 * errors[1] + 2**-10 * exact[name].abs().max(), name
+
+
+@pytest.fixture
+def planned_anew() -> Iterator[None]:
+    cuda_plan.scan_of.cache_clear()
+    yield
+    cuda_plan.scan_of.cache_clear()
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("form", (*cuda_plan.FORMS[16], cuda_plan.FORM_OF_SPLITS), ids=lambda form: f"{form[:3]}")
+@pytest.mark.parametrize("backend", GPU[:1])
+def test_every_form_of_the_forward(
+    form: cuda_plan.Form, segmented: bool, backend: str, planned_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_plan.Scan, "forward_plan", lambda work: (form, -(-work.length // 64) * 64))
+    inputs = make(2, 333, 136, 1, 16, torch.bfloat16)
+    segments = torch.where(torch.rand(2, 333) < 0.1, -1, torch.arange(333) // 50) if segmented else None
+    check_halves(inputs, segments=segments)
+
+
+@pytest.mark.parametrize("states", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("backend", GPU[:1])
+def test_state_sizes_in_16_bits(states: int, backend: str) -> None:
+    check_halves(make(2, 131, 72, 1, states, torch.bfloat16))
+
+
+@pytest.mark.parametrize("states", [16, 64])
+@pytest.mark.parametrize("backend", GPU[:1])
+def test_splits_that_wait_for_each_other(
+    states: int, backend: str, planned_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are more tiles than blocks at once: the backward's splits pass on what the state gets."""
+    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cuda_plan, "_chained_split", lambda blocks, chunks, room: (64, 0.0))
+    made = []
+    build = cuda_plan.Scan.backward
+    monkeypatch.setattr(cuda_plan.Scan, "backward", lambda work: made.append(build(work)) or made[-1])
+    inputs = make(2, 333, 136, 1, states, torch.bfloat16)
+    inputs["dt"] = inputs["dt"] - 4  # so that the states of one split still matter in the next
+    check_halves(inputs)
+    assert made[-1].chained and made[-1].splits == 6
 
 
 @pytest.mark.parametrize("backend", GPU)

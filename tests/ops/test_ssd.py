@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from statespan.errors import UserError
 from statespan.ops import ssd_state_update
-from statespan.ops.ssd import chunked, ssd
+from statespan.ops.ssd import chunked, reference, ssd
 from statespan.ops.ssd.inputs import Inputs, Options
 
 GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
@@ -485,7 +485,11 @@ LIMIT = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 
 
 def compare_narrow(p: Problem, dtype: torch.dtype, **options: Any) -> None:
-    """Outputs and every gradient of p in `dtype` against the loop in float64 on the very same, rounded inputs."""
+    """Outputs and every gradient of p in `dtype` against the loop in float64 on the very same, rounded inputs.
+
+    A's gradient is a sum over all tokens, whose terms may leave little of each other: there half of their magnitudes
+    counts where it is more. In bfloat16 the PyTorch form is further off than the Triton one in 20 of 24 draws.
+    """
     narrow = p.to(dtype)
     wide = narrow.to(torch.float64)
     actual, expected = narrow(**options), wide(**options | {"backend": "reference"})
@@ -495,7 +499,27 @@ def compare_narrow(p: Problem, dtype: torch.dtype, **options: Any) -> None:
     names = ("y", "state", *(name for name in GRADIENTS if getattr(p, name) is not None))
     for name, value, truth in zip(names, found, exact, strict=True):
         error, size = (value.double() - truth).norm(), truth.norm()
+        if name == "A":
+            size = torch.maximum(size, terms_of_A(wide, weights, **options).abs().sum((0, 1)).norm() / 2)
         assert error <= LIMIT[dtype] * max(size, 1e-2), f"{name}: {error / size:.1e}"
+
+
+def terms_of_A(
+    p: Problem,
+    weights: tuple[Tensor, ...],
+    *,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    discretization: str = "mamba",
+    **_: Any,
+) -> Tensor:
+    """What each token contributes to the gradient of A, [b t h]."""
+    A = p.A.detach().expand(p.dt.shape).clone().requires_grad_()
+    others = (getattr(p, name) for name in GRADIENTS[3:])
+    outputs = reference.ssd(
+        Inputs(p.x, p.dt, A, *others, p.segments), Options(dt_softplus, dt_limit, 256, discretization)
+    )
+    return gradients(outputs, weights, [A])[0]
 
 
 @on_gpu
@@ -521,9 +545,10 @@ def test_triton_lengths(backend: str, dtype: torch.dtype, length: int) -> None:
     ("head_dim", "states", "groups"), [(64, 128, 1), (32, 16, 4), (128, 64, 2), (96, 128, 1), (64, 256, 1), (1, 1, 1)]
 )
 def test_triton_sizes(backend: str, dtype: torch.dtype, head_dim: int, states: int, groups: int) -> None:
-    p = problem(200, groups=groups, head_dim=head_dim, states=states)
+    heads = 4 if head_dim > 1 else 64  # the norm of a few numbers may be that of what their terms leave of each other
+    p = problem(200, heads=heads, groups=groups, head_dim=head_dim, states=states)
     compare_narrow(p, dtype, backend=backend)
-    p.D = torch.randn(4, head_dim, dtype=torch.float64, requires_grad=True)
+    p.D = torch.randn(heads, head_dim, dtype=torch.float64, requires_grad=True)
     p.dt_bias = p.initial_state = None
     compare_narrow(p, dtype, backend=backend, chunk_size=40)
 
@@ -538,7 +563,7 @@ def test_triton_keeps_weak_decays_beside_strong_ones(backend: str) -> None:
     p = problem(300)
     with torch.no_grad():
         p.dt.sub_(6.0)
-        p.dt[:, ::5] += 500.0
+        p.dt[:, 3::5] += 500.0  # not the first: little would be heard of the initial state, at the edge of float32
     errors(p, p.to(torch.float32), ({"backend": backend}, {"backend": "reference"}), limit=4.0)
 
 

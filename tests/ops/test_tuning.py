@@ -130,6 +130,7 @@ def test_no_folder_to_write_to_is_told(table, monkeypatch) -> None:
         tune_with(monkeypatch, lambda run: 1.0, forward)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("known", EVERY, ids=lambda known: known.name)
 def test_every_trial_can_be_built(known: tuning.Tunable) -> None:
     assert all(isinstance(choice, int) and choice > 0 for values in known.choices.values() for choice in values)

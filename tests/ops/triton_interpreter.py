@@ -32,8 +32,12 @@ def rms_norm() -> Iterator[Pair]:
             reference.rms_norm(*wide(x, weight), 1e-5, torch.float64),
         )
         found = triton_backend.rms_norm_backward(grad, total_grad, x, weight, 1e-5)
+        again, rounded = torch.full_like(grad, torch.nan), torch.full_like(grad, torch.nan)
+        found += triton_backend.rms_norm_backward(grad, total_grad, x, weight, 1e-5, rounded, again)
         exact = vjp(lambda x, w: (reference.rms_norm(x, w, 1e-5, torch.float64),), (x, weight), (grad,))
-        yield from zip(found, (exact[0] + total_grad, exact[1]), strict=True)
+        normal = reference.rms_norm(*wide(x, weight), 1e-5, torch.float64)
+        exact = (exact[0] + total_grad, exact[1])
+        yield from zip((*found, rounded, again), (*exact, *exact, exact[0], normal), strict=True)
         for group_size, before in product((channels, channels // 2 if channels % 2 == 0 else 5), (False, True)):
             options = (1e-5, group_size, before)
             x, z = torch.randn(rows, 2 * channels).split(channels, dim=1)
@@ -41,11 +45,12 @@ def rms_norm() -> Iterator[Pair]:
                 triton_backend.gated_rms_norm(x, z, weight, *options),
                 reference.gated_rms_norm(*wide(x, z, weight), *options),
             )
-            yield from zip(
-                triton_backend.gated_rms_norm_backward(grad, x, z, weight, *options),
-                vjp(lambda *v, o=options: (reference.gated_rms_norm(*v, *o),), (x, z, weight), (grad,)),
-                strict=True,
-            )
+            found = triton_backend.gated_rms_norm_backward(grad, x, z, weight, *options)
+            exact = vjp(lambda *v, o=options: (reference.gated_rms_norm(*v, *o),), (x, z, weight), (grad,))
+            again, into_z = torch.full_like(grad, torch.nan), torch.full((rows, 2 * channels), torch.nan)[:, channels:]
+            found += triton_backend.gated_rms_norm_backward(grad, x, z, weight, *options, into_z, again)
+            normal = reference.gated_rms_norm(*wide(x, z, weight), *options)
+            yield from zip((*found, into_z, again), (*exact, *exact, exact[1], normal), strict=True)
 
 
 def causal_conv1d() -> Iterator[Pair]:
@@ -153,8 +158,33 @@ def linear_cross_entropy() -> Iterator[Pair]:
         )
 
 
+def grouped_mlp_of_many() -> Iterator[Pair]:
+    """Where tiles come by descriptors: sizes that no tile divides, an expert without rows, dropped choices."""
+    from statespan.ops.grouped_mlp import by_expert, triton_backend, triton_backward, triton_many
+    from statespan.ops.grouped_mlp.experts import Experts
+
+    serves, tile, group = triton_many.serves, triton_many.TILE, triton_many.GROUP
+    triton_many.serves, triton_many.TILE = lambda *_: True, triton_many.Tile(32, 16, 16, 2, 1)
+    triton_many.GROUP, triton_many.SCHEDULE_VALUES = 2, 64
+    for activation, bias, top_k in (("swiglu", True, 2), ("gelu", False, 1)):
+        up_size = 80 if activation == "swiglu" else 40
+        index = torch.randint(-1, 4, (50, top_k))
+        index[index == 2] = 1
+        x, weight, grad = torch.randn(50, 24), torch.randn(50, top_k), torch.randn(50, 24)
+        biases = (torch.randn(4, up_size), torch.randn(4, 24)) if bias else (None, None)
+        experts = (torch.randn(4, up_size, 24), torch.randn(4, 24, 40), *biases)
+        y, kept = triton_backend.forward(x, index, weight, Experts(*experts), activation, True)
+        alone, _ = triton_backend.forward(x, index, weight, Experts(*experts), activation, False)
+        exact_inputs = (*wide(x), index, *wide(weight), Experts(*wide(*experts)), activation)
+        exact, exact_kept = by_expert.forward(*exact_inputs, True)
+        yield from ((y, exact), (alone, exact))
+        found = triton_backward.backward(grad, kept, x, index, weight, Experts(*experts), activation)
+        yield from zip(found, by_expert.backward(*wide(grad), exact_kept, *exact_inputs), strict=True)
+    triton_many.serves, triton_many.TILE, triton_many.GROUP = serves, tile, group
+
+
 def grouped_mlp() -> Iterator[Pair]:
-    from statespan.ops.grouped_mlp import by_expert, triton_backend, triton_backward, triton_routing
+    from statespan.ops.grouped_mlp import by_expert, triton_backend, triton_backward, triton_many, triton_routing
     from statespan.ops.grouped_mlp.experts import Experts
 
     torch.use_deterministic_algorithms(True)  # new tensors are NaN
@@ -175,12 +205,15 @@ def grouped_mlp() -> Iterator[Pair]:
         yield from ((y, exact), (alone, exact))
         found = triton_backward.backward(grad, kept, x, index, weight, Experts(*experts), activation)
         yield from zip(found, by_expert.backward(*wide(grad), exact_kept, *exact_inputs), strict=True)
+    yield from grouped_mlp_of_many()
     int8, scale = torch.randint(-127, 128, (3, 32, 32), dtype=torch.int8), torch.rand(3, 32) / 127
     x, index, weight = torch.randn(5, 32), torch.randint(0, 3, (5, 2)), torch.rand(5, 2)
     y, _ = triton_backend.forward(x, index, weight, Experts(int8, int8, None, None, scale, scale), "silu", False)
     exact_weights = int8.double() * scale[..., None].double()
     exact_inputs = (*wide(x), index, *wide(weight), Experts(exact_weights, exact_weights, None, None), "silu")
     yield y, by_expert.forward(*exact_inputs, False)[0]
+    triton_many.WIDENED, triton_many.WIDEN_BLOCK = 1, 256
+    yield triton_many.widened(int8, x.half(), 1), int8.double()
     experts = (torch.randn(2, 288, 6), torch.randn(2, 6, 144), torch.randn(2, 288), torch.randn(2, 6))
     x, index, weight = torch.randn(2, 6), torch.tensor([[0], [-1]]), torch.rand(2, 1)
     y, _ = triton_backend.forward(x, index, weight, Experts(*experts), "geglu", False)  # in two splits

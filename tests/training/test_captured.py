@@ -42,3 +42,27 @@ def test_updates_equal_those_without_graphs(config: TrainingConfig, device: str,
         found = [trainer.step()[0] for _ in range(6)]
         trained.append((found, trainer.state.totals.nats, [p.detach().clone() for p in model.parameters()]))
     torch.testing.assert_close(trained[0], trained[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", GPUS)
+def test_gradients_are_new_or_added_as_without_graphs(device: str) -> None:
+    """Two kinds of input in turns, each new, added to a graph's own gradients, and to gradients from elsewhere."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(device)
+    bystander = nn.Linear(2, 2).to(device)
+    captured = Captured(nn.ModuleList([model, bystander]), lambda x: model(x).square().sum().backward())
+    for sizes in ([4], [4, 4], [6], [6, 4, 6], [-1, 4], [-1, 6, 6], [4]):
+        model.zero_grad()
+        expected = [torch.zeros_like(p) for p in model.parameters()]
+        for size in sizes:
+            if size < 0:  # from elsewhere
+                for parameter, total in zip(model.parameters(), expected, strict=True):
+                    parameter.grad = torch.randn_like(parameter)
+                    total += parameter.grad
+                continue
+            x = torch.randn(size, 5, device=device)
+            captured(x)
+            found = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+            expected = [total + gradient for total, gradient in zip(expected, found, strict=True)]
+        torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+        assert all(p.grad is None for p in bystander.parameters())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from statespan.errors import DataError
-from statespan.training.documents import cut_at_lines, find_files, read_documents
+from statespan.training.documents import cut_at_lines, find_files, python_sources, read_documents
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -120,3 +120,16 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything, so chmod would not do
     with pytest.raises(DataError, match=r"a\.txt: cannot be read: Permission denied"):
         list(read_documents([path]))
+
+
+def test_python_sources_are_drawn_by_seed(tmp_path: Path):
+    for index in range(30):
+        write(tmp_path / f"pack{index % 3}" / f"module{index}.py", "x = 1\n")
+    write(tmp_path / "pack0" / "tests" / "test_x.py", "x = 1\n")
+    write(tmp_path / "latin.py", b"# \xe9\n")
+    write(tmp_path / "empty.py", "")
+    everything = python_sources(tmp_path)
+    assert len(everything) == 30 and everything == sorted(everything)
+    drawn, same, other = (python_sources(tmp_path, 10, seed) for seed in (0, 0, 1))
+    assert len(drawn) == 10 and drawn == same != other and set(drawn) < set(everything)
+    assert python_sources(tmp_path, 100) == everything

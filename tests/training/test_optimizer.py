@@ -66,6 +66,33 @@ def test_groups_are_exactly_these(model: torch.nn.Module):
     assert "embedding.weight" in groups[0.0]
 
 
+def test_the_dynamics_of_s4_have_a_rate_of_their_own(model: torch.nn.Module):
+    """AdamW's first step moves every value by its learning rate."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = OptimizerConfig(learning_rate=0.1, lti_learning_rate=0.02, weight_decay=0.0)
+    optimizer = build_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    set_learning_rate(optimizer, 0.05)  # half of the peak
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        slow = name.startswith("backbone.layers.4.") and name.endswith((".log_dt", "log_A_real", "A_imag", ".P", ".B"))
+        moved = torch.full_like(parameter, -0.01 if slow else -0.05)
+        torch.testing.assert_close(parameter - before[name], moved, rtol=1e-3, atol=1e-5)
+
+
+def test_a_rate_on_the_device_stays_where_it_is(model: torch.nn.Module):
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1, lti_learning_rate=0.01))
+    rates = [torch.zeros(()) for _ in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    set_learning_rate(optimizer, torch.tensor(0.5))
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        assert group["lr"] is rate
+        torch.testing.assert_close(rate, torch.tensor(0.5 * group["lr_ratio"]))
+    assert sorted({group["lr_ratio"] for group in optimizer.param_groups}) == pytest.approx([0.1, 1.0])
+
+
 def test_decay_shrinks_the_one_group_and_not_the_other(model: torch.nn.Module):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1, weight_decay=0.5))

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from statespan.generation.drafters import Draft
+from statespan.generation.penalties import History
 from statespan.generation.sampling import (
     NonFiniteLogits,
     RandomNumbers,
     Sampling,
     choose,
-    penalize_repetition,
     pick,
     require_finite,
     weights,
@@ -41,7 +41,7 @@ def judge(
     drafts: Sequence[Draft],
     sampling: Sampling,
     numbers: Sequence[RandomNumbers],
-    seen: Tensor | None = None,
+    history: History | None = None,
 ) -> list[Verdict]:
     """Accept or reject the drafts of several rows (speculative sampling, arXiv 2211.17192, sections 2.2 and 2.3).
 
@@ -55,13 +55,12 @@ def judge(
         drafts: one a row.
         sampling: how the model's tokens are chosen.
         numbers: one a row.
-        seen: [n v] bool, tokens under the repetition penalty at each place; None without one.
+        history: what the penalties look at, at each place [n v]; None without any.
 
     Raises:
         NonFiniteLogits: the largest logit at a place that counts is NaN or infinite.
     """
-    if seen is not None:
-        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    logits = sampling.penalize(logits, history)
     if not any(draft.ids for draft in drafts):
         return _without_drafts(logits, sampling, numbers)
     sizes = [len(draft.ids) + 1 for draft in drafts]

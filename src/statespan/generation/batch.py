@@ -73,7 +73,7 @@ class DecodeBatch:
         seeds: Sequence[int],
         options: GenerationOptions,
     ) -> None:
-        """`logits` [b v] and `state` come from `absorb`; `prompts` are the tokens under the repetition penalty."""
+        """`logits` [b v] and `state` come from `absorb`; `prompts` are the tokens that it was fed."""
         self.model, self.options = model, options
         self._rows = list(range(len(seeds)))  # where the rows that go on are in the stepper
         self._launched = self._read = 0  # steps
@@ -97,12 +97,7 @@ class DecodeBatch:
         prompts: Sequence[Sequence[int]],
         generators: Sequence[torch.Generator],
     ) -> None:
-        seen: Tensor | None = None
-        if self.options.repetition_penalty != 1:
-            seen = torch.zeros_like(logits, dtype=torch.bool)
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[torch.tensor(prompt, dtype=torch.int64, device=seen.device)] = True
-        self._stepper.start(logits, state, seen, generators, self.options.max_new_tokens)
+        self._stepper.start(logits, state, prompts, generators, self.options.max_new_tokens)
         self._note()
 
     def _note(self) -> None:

@@ -1,6 +1,5 @@
 """Drafters: cheap guesses at what a model will say next, for it to verify (docs/speculation.md)."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.generation.sampling import Sampling, choose, random_numbers, weights
+from statespan.generation.subwords import SubwordVocabulary, last_word
 from statespan.layers.state import KVCache, ModelState
 from statespan.models.language_model import LanguageModel, Tokenizer
 
@@ -231,15 +231,8 @@ class SubwordDrafter:
     tokenizer: Tokenizer | None = None  # None: the model's own
 
     def begin(self, target: LanguageModel, sampling: Sampling, seeds: Sequence[int]) -> "SubwordDrafting":
-        tokenizer = self.tokenizer or self.model.tokenizer
-        if tokenizer is None:
-            raise UserError("the subword model has no tokenizer; pass SubwordDrafter(model, tokenizer)")
-        if target.config.vocab_size != 256:
-            raise UserError(
-                f"a subword drafter is for byte-level models; this one has {target.config.vocab_size} tokens"
-            )
-        pieces = token_texts(tokenizer, self.model.config.vocab_size)
-        return SubwordDrafting([_Words(self.model, tokenizer, pieces) for _ in seeds])
+        vocabulary = SubwordVocabulary(self.model, target, self.tokenizer)
+        return SubwordDrafting([_Words(self.model, vocabulary) for _ in seeds])
 
 
 class SubwordDrafting:
@@ -260,30 +253,26 @@ class SubwordDrafting:
 class _Words:
     """A subword model that has absorbed the whole words of one text."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, pieces: list[tuple[bytes, int]]) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._pieces = pieces  # sorted
-        self._text_of = {token: text for text, token in pieces}
-        self._token_of = dict(pieces)
+    def __init__(self, model: LanguageModel, vocabulary: SubwordVocabulary) -> None:
+        self._model, self._vocabulary = model, vocabulary
         self._state, self._step = model.new_state(1), Steps(model, 1)
-        self._logits: Tensor | None = None  # [v], after the words
+        self._logits: Tensor | None = None  # [1 v], after the words
         self._absorbed = 0  # bytes
-        if tokenizer.bos_id is not None:
-            self._absorb([tokenizer.bos_id])
+        if vocabulary.bos_ids:
+            self._absorb(vocabulary.bos_ids)
 
     @torch.inference_mode()
     def _absorb(self, ids: Sequence[int]) -> None:
         reclaim(self._state)
         logits, self._state = feed(self._model, [ids], self._state)
-        self._logits = logits[0, -1]
+        self._logits = logits[:, -1]
 
     @torch.inference_mode()
     def write(self, text: bytes, count: int) -> tuple[int, ...]:
         """At most `count` bytes that may follow."""
-        end = _last_word(text)
+        end = last_word(text)
         if end > self._absorbed:
-            new = text[self._absorbed : end].decode("utf-8", errors="replace")
-            ids = [token for token in self._tokenizer.encode(new) if token != self._tokenizer.bos_id]
+            ids = self._vocabulary.encode(text[self._absorbed : end])
             self._absorbed = end
             if ids:
                 self._absorb(ids)
@@ -291,44 +280,13 @@ class _Words:
             return ()
         reclaim(self._state)
         self._step.start(self._state, count + len(text) - self._absorbed)
-        logits, begun = self._logits, text[self._absorbed :]
-        while True:
-            if not (tokens := self._fitting(begun)):  # cut inside a character
-                return ()
-            token = tokens[int(logits[torch.tensor(tokens, device=logits.device)].argmax())]
-            written = self._text_of[token]
-            if len(written) >= len(begun):
-                break
-            begun, logits = begun[len(written) :], self._step([token])[0]
-        written = written[len(begun) :]
+        logits, begun, written = self._logits, text[self._absorbed :], b""
         while len(written) < count:
-            token = int(self._step([token]).argmax())
-            if token not in self._text_of:  # an end token, or a part of a character
+            token = self._vocabulary.likeliest(logits, {0: begun})[0]
+            piece = b"" if token is None else self._vocabulary.text_of(token)
+            if token is None or not piece:  # cut inside a character, an end token, or a part of a character
                 break
-            written += self._text_of[token]
+            written += piece[len(begun) :]
+            begun = begun[len(piece) :]
+            logits = self._step([token])
         return tuple(written[:count])
-
-    def _fitting(self, begun: bytes) -> list[int]:
-        """The tokens whose text begins so, or is the beginning of it."""
-        first, last = (bisect_left(self._pieces, (text, -1)) for text in (begun, begun + b"\xff"))
-        shorter = (self._token_of.get(begun[:size]) for size in range(1, len(begun)))
-        return [*(token for _, token in self._pieces[first:last]), *(token for token in shorter if token is not None)]
-
-
-def _last_word(text: bytes) -> int:
-    """Where the last word begins, with the space before it."""
-    end = len(text.rstrip())
-    start = max(text.rfind(space, 0, end) for space in (b" ", b"\n", b"\t"))
-    return len(text[: max(start, 0)].rstrip())
-
-
-def token_texts(tokenizer: Tokenizer, vocab_size: int) -> list[tuple[bytes, int]]:
-    """The text of each token that is whole characters, as UTF-8, with its id; sorted."""
-    before = tokenizer.encode("a")[-1:]  # tokenizers drop a leading space at the beginning of a text
-    skipped = len(tokenizer.decode(before))
-    found: list[tuple[bytes, int]] = []
-    for token in range(min(vocab_size, tokenizer.vocab_size)):
-        text = tokenizer.decode([*before, token])[skipped:]
-        if text and "\ufffd" not in text:
-            found.append((text.encode(), token))
-    return sorted(found)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
+from statespan.generation.penalties import History, penalize
 
 BLOCK = 64  # random numbers of a row that are drawn at once
 
@@ -23,6 +24,8 @@ class Sampling:
     """
 
     repetition_penalty: float = 1.0  # logits of tokens seen so far: divided by it if positive, else multiplied
+    frequency_penalty: float = 0.0  # taken off a token's logit each time that it was generated
+    presence_penalty: float = 0.0  # taken off the logits of all tokens that were generated
     temperature: float = 1.0  # logits are divided by it; 0: the most likely token, always
     top_k: int | None = None  # keep the k most likely tokens
     top_p: float | None = None  # keep the fewest most likely tokens whose probabilities sum to at least this
@@ -30,6 +33,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _require(self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty)
+        for name in ("frequency_penalty", "presence_penalty"):
+            _require(math.isfinite(getattr(self, name)), f"{name} must be finite", getattr(self, name))
         _require(0 <= self.temperature < math.inf, "temperature must be 0 or above", self.temperature)
         _require(self.top_k is None or self.top_k >= 1, "top_k must be at least 1", self.top_k)
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
@@ -39,6 +44,23 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether no chance is involved."""
         return self.temperature == 0 or self.top_k == 1
+
+    def history(self, shape: tuple[int, int], device: torch.device | str) -> History | None:
+        """Of rows [b v] without tokens, where there are penalties."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        return None if penalties == (1, 0, 0) else History.empty(shape, device)
+
+    def penalize(self, logits: Tensor, history: History | None) -> Tensor:
+        """Logits [b v] after the penalties."""
+        if history is None:
+            return logits
+        return penalize(
+            logits,
+            history,
+            repetition=self.repetition_penalty,
+            frequency=self.frequency_penalty,
+            presence=self.presence_penalty,
+        )
 
 
 class NonFiniteLogits(UserError):
@@ -55,7 +77,7 @@ def _require(holds: bool, rule: str, value: object) -> None:
 
 
 def sample(
-    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Tensor | None = None
+    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], history: History | None = None
 ) -> Tensor:
     """The next token of each row. A row's token depends on its own logits and generator alone.
 
@@ -63,7 +85,7 @@ def sample(
         logits: [b v], float32.
         sampling: What to do with them.
         generators: One CPU generator a row; each gives one number, or none when greedy.
-        seen: [b v], bool. Tokens under the repetition penalty; None without one.
+        history: What the penalties look at; None without any.
     Returns:
         ids [b], int64.
     Raises:
@@ -74,21 +96,20 @@ def sample(
         tensor([1])
     """
     numbers = None if sampling.greedy else random_numbers(generators, 1)[0]
-    ids, best = choose(logits, sampling, numbers, seen)
+    ids, best = choose(logits, sampling, numbers, history)
     require_finite(best.tolist())
     return ids
 
 
 def choose(
-    logits: Tensor, sampling: Sampling, numbers: Tensor | None, seen: Tensor | None = None
+    logits: Tensor, sampling: Sampling, numbers: Tensor | None, history: History | None = None
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, ids [b] int64, and the row's largest logit [b].
 
     A token means nothing where that is not finite. Nothing here waits for a GPU, so that a CUDA graph can hold it.
     `numbers` [b] float64 are random in [0, 1); None when greedy.
     """
-    if seen is not None:
-        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    logits = sampling.penalize(logits, history)
     if numbers is None:
         best, ids = logits.max(dim=-1)
         return ids, best
@@ -100,11 +121,6 @@ def require_finite(best: Sequence[float]) -> None:
     for row, value in enumerate(best):
         if not math.isfinite(value):
             raise NonFiniteLogits(row, value)
-
-
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of `seen` [b v] tokens moved away from being chosen (CTRL, arXiv 1909.05858, section 4.1)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def weights(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -121,7 +137,7 @@ def weights(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k is not None and sampling.top_k < weights.shape[-1]:
         weights = _at_least(weights, weights.topk(sampling.top_k, dim=-1).values[:, -1:])
     if sampling.top_p is not None and sampling.top_p < 1:
-        weights = _at_least(weights, _nucleus_edge(weights, sampling.top_p))
+        weights = _at_least(weights, nucleus_edge(weights, sampling.top_p))
     if sampling.min_p:
         weights = _at_least(weights, sampling.min_p)
     return weights
@@ -131,17 +147,25 @@ def _at_least(weights: Tensor, edge: Tensor | float) -> Tensor:
     return weights * (weights >= edge)
 
 
-def _nucleus_edge(weights: Tensor, top_p: float) -> Tensor:
-    """Least weight [b 1] of the nucleus, the fewest tokens that hold top_p of the probability (arXiv 1904.09751)."""
+def nucleus_edge(weights: Tensor, top_p: float | Tensor, best: Tensor | None = None) -> Tensor:
+    """Least weight [b 1] of the nucleus, the fewest tokens that hold top_p of the probability (arXiv 1904.09751).
+
+    Args:
+        weights: [b v] float32, not normalised.
+        top_p: above 0 and at most 1, or a tensor [b 1] of such; where it is 1 the edge is 0, which all pass.
+        best: [b v], the weights in descending order, where somebody has them.
+    """
     mass = weights.sum(dim=-1, keepdim=True)
-    if weights.is_cuda:  # no waiting for a count
+    limited = top_p * mass < mass
+    if best is None and weights.is_cuda:  # no waiting for a count
         best = weights.sort(dim=-1, descending=True).values
-    else:
+    elif best is None:
         # Tokens below this hold less than 1 - top_p together, so the nucleus is among the others, few to sort.
-        candidates = (weights >= mass * (1 - top_p) / weights.shape[-1]).sum(dim=-1)
-        best = weights.topk(max(1, int(candidates.max())), dim=-1).values
+        candidates = (weights >= mass * (1 - top_p) / weights.shape[-1]) & limited
+        best = weights.topk(max(1, int(candidates.sum(dim=-1).max())), dim=-1).values
     missing = (best.cumsum(dim=-1) < top_p * mass).sum(dim=-1, keepdim=True)  # tokens that do not reach top_p yet
-    return best.gather(-1, missing.clamp(max=best.shape[-1] - 1))
+    edge = best.gather(-1, missing.clamp(max=best.shape[-1] - 1))
+    return edge.where(limited, edge.new_zeros(()))
 
 
 def random_numbers(generators: Sequence[torch.Generator], count: int) -> Tensor:

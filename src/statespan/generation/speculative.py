@@ -20,6 +20,7 @@ from statespan.generation.batch import TokenLogprob, token_logprobs
 from statespan.generation.drafters import Draft, Drafter, feed, reclaim
 from statespan.generation.options import GenerationOptions
 from statespan.generation.pace import Pace
+from statespan.generation.penalties import History
 from statespan.generation.sampling import RandomNumbers
 from statespan.generation.verifier import Forwards, give_back, take
 from statespan.layers.state import KVCache, ModelState, State
@@ -79,6 +80,9 @@ class SpeculativeBatch:
         self._model, self._options, self._speculation = model, options, speculation
         self._texts = [list(prompt) for prompt in prompts]
         self._numbers = [RandomNumbers(torch.Generator().manual_seed(seed)) for seed in seeds]
+        self._said = options.history((len(seeds), logits.shape[1]), logits.device)
+        if self._said is not None:
+            self._said.begin(prompts)
         self._left = [options.max_new_tokens] * len(seeds)
         self._drafting = speculation.drafter.begin(model, options, seeds)
         self._pace = Pace() if speculation.adaptive else None
@@ -176,24 +180,19 @@ class SpeculativeBatch:
     def _settle(self, logits: Tensor, drafts: Sequence[Draft]) -> None:
         """Accept, reject and choose, from the logits [n v] at all places that count."""
         self._logits = logits
-        self._verdicts = judge(logits, drafts, self._options, self._numbers, self._seen(logits, drafts))
+        self._verdicts = judge(logits, drafts, self._options, self._numbers, self._history(drafts))
         for row, verdict in enumerate(self._verdicts):
             self._texts[row] += verdict.ids
+            if self._said is not None:
+                for token in verdict.ids:
+                    self._said.add_token(row, token)
             self._left[row] -= len(verdict.ids)
 
-    def _seen(self, logits: Tensor, drafts: Sequence[Draft]) -> Tensor | None:
-        """[n v] bool: the tokens of the text before each place, drafts included."""
-        if self._options.repetition_penalty == 1:
+    def _history(self, drafts: Sequence[Draft]) -> History | None:
+        """What the penalties look at before each place, drafts included."""
+        if self._said is None:
             return None
-        seen = torch.zeros(logits.shape, dtype=torch.bool)
-        place = 0
-        for text, draft in zip(self._texts, drafts, strict=True):
-            rows = seen[place : place + len(draft.ids) + 1]
-            rows[:, text] = True
-            for count, token in enumerate(draft.ids, 1):
-                rows[count:, token] = True
-            place += len(rows)
-        return seen.to(logits.device)
+        return self._said.at_places([draft.ids for draft in drafts])
 
     def _committed(self) -> ModelState:
         if self._in_steps:
@@ -219,6 +218,7 @@ class SpeculativeBatch:
         give_back(self._model, self._holds[0])
         self._holds[0] = take(self._model, len(rows))
         self._texts = [self._texts[row] for row in rows]
+        self._said = None if self._said is None else self._said.rows(torch.tensor(rows, device=self._logits.device))
         self._numbers = [self._numbers[row] for row in rows]
         self._left = [self._left[row] for row in rows]
         self._pending = [self._pending[row] for row in rows]

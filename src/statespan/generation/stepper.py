@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from statespan.generation.sampling import BLOCK, Sampling, choose, penalize_repetition, random_numbers
+from statespan.generation.sampling import BLOCK, Sampling, choose, random_numbers
 from statespan.layers.state import ModelState
 from statespan.models.language_model import LanguageModel
 from statespan.ops.decode_step.tokens import choose_best
@@ -31,9 +31,7 @@ class Stepper:
         # The addresses of all of these are in the graph.
         self._chosen = torch.zeros(12 * batch_size, dtype=torch.uint8, device=device)  # in one piece, for one copy
         self.ids, self.best = _parts(self._chosen)  # the tokens, and the largest logits
-        self.seen: Tensor | None = None  # tokens under the repetition penalty
-        if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
+        self.history = sampling.history((batch_size, vocab_size), device)
         draws_on = "cpu" if device.type == "mps" else device  # which knows no float64
         self._numbers = torch.zeros(0 if sampling.greedy else BLOCK, batch_size, dtype=torch.float64, device=draws_on)
         self._place = torch.zeros(1, dtype=torch.int64, device=draws_on)  # of the next row of numbers
@@ -43,13 +41,18 @@ class Stepper:
         self._run = self.decoder.captured(self._feed)
 
     def start(
-        self, logits: Tensor, state: ModelState, seen: Tensor | None, generators: Sequence[torch.Generator], room: int
+        self,
+        logits: Tensor,
+        state: ModelState,
+        prompts: Sequence[Sequence[int]],
+        generators: Sequence[torch.Generator],
+        room: int,
     ) -> None:
         """Go on from `state` and `logits` [b v], with room for so many tokens more; chooses the first ones."""
         self.decoder.start(state, room)
         self.generators, self._left = list(generators), 0
-        if self.seen is not None and seen is not None:
-            self.seen.copy_(seen)
+        if self.history is not None:
+            self.history.begin(prompts)
         self._refill()
         self.logits = self._choose(logits)
 
@@ -58,9 +61,10 @@ class Stepper:
         index = torch.tensor(rows, device=self.ids.device)
         self.decoder.start(other.decoder.state().select(index), room)
         self.generators = [other.generators[row] for row in rows]
-        for ours, theirs in ((self.ids, other.ids), (self.best, other.best), (self.seen, other.seen)):
-            if ours is not None and theirs is not None:
-                ours.copy_(theirs[index])
+        for ours, theirs in ((self.ids, other.ids), (self.best, other.best)):
+            ours.copy_(theirs[index])
+        if self.history is not None and other.history is not None:
+            self.history.copy_(other.history.rows(index))
         self.logits = other.logits[index]
         self._numbers.copy_(other._numbers[:, index.to(self._numbers.device)])
         self._place.copy_(other._place)
@@ -96,18 +100,15 @@ class Stepper:
         """The logits as float32, after the tokens chosen from them are in their places."""
         logits = logits.float()
         if self.sampling.greedy:
-            free = logits
-            if self.seen is not None:
-                free = penalize_repetition(logits, self.seen, self.sampling.repetition_penalty)
-            choose_best(free, self.ids, self.best)
+            choose_best(self.sampling.penalize(logits, self.history), self.ids, self.best)
         else:
             numbers = self._numbers.index_select(0, self._place).squeeze(0)
             self._place.add_(1)
-            ids, best = choose(logits, self.sampling, numbers, self.seen)
+            ids, best = choose(logits, self.sampling, numbers, self.history)
             self.ids.copy_(ids)
             self.best.copy_(best)
-        if self.seen is not None:
-            self.seen.scatter_(1, self.ids.unsqueeze(1), True)
+        if self.history is not None:
+            self.history.add(self.ids)
         return logits
 
     def _refill(self) -> None:

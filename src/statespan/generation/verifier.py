@@ -1,6 +1,8 @@
 """Verifier: one forward over short rows of tokens; on a GPU a CUDA graph, where the model's states have one size."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -60,6 +62,19 @@ class Verifier:
         return graph(rows, state)
 
 
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph) -> Generator[None, None, None]:
+    """What is launched inside becomes the graph."""
+    gc_was_enabled = gc.isenabled()
+    gc.disable()  # an old graph that is collected now would end the capture
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+
+
 class _Graph:
     """A forward of `size` tokens a row over tensors that stay where they are."""
 
@@ -69,7 +84,7 @@ class _Graph:
         self._segments = torch.zeros(batch_size, size, dtype=torch.int32, device=model.device)
         self._before = model.new_state(batch_size)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with capture(self._graph):
             output = model(self._ids, segments=self._segments, state=self._before)
         assert output.logits is not None and output.state is not None  # a state went in
         self._result = Verification(output.logits, self._before, output.state, size)

@@ -31,13 +31,15 @@ class Attention(Mixer):
         if config.conv_kernel:
             self.conv1d = nn.Conv1d(qkv_size, qkv_size, config.conv_kernel, groups=qkv_size)
         self.out_proj = Linear(self.num_heads * self.head_dim, hidden_size, bias=config.out_bias)
+        if config.learned_positions is not None:
+            self.position_embedding = nn.Embedding(config.learned_positions, hidden_size)
 
     def forward(
         self, hidden: Tensor, state: KVCache | PagedKVCache | None = None, segments: Tensor | None = None
     ) -> tuple[Tensor, KVCache | PagedKVCache | None]:
         layout = None if segments is None else token_layout(segments)
-        query, key, value, conv = self._project(hidden, state, segments)
         position = self._positions(hidden, state, layout)
+        query, key, value, conv = self._project(self.placed(hidden, position), state, segments)
         if self.config.rope_theta is not None:
             cos, sin = rotary_angles(position, self.config, self.head_dim)
             query = rotate(query, cos, sin, interleaved=self.config.rotary_interleaved)
@@ -54,6 +56,21 @@ class Attention(Mixer):
             mixed = self._attend(query, cache.key[:, used], cache.value[:, used], position, layout, cache)
             after = self._next(cache, position, layout, conv)
         return self._output(mixed, layout), after
+
+    def placed(self, hidden: Tensor, position: Tensor) -> Tensor:
+        """`hidden` [.. h] with the learnt vectors of the positions [..] where the layer has such.
+
+        A position beyond the table raises UserError; on a GPU it gives NaN, since nothing waits for the device.
+        """
+        size = self.config.learned_positions
+        if size is None:
+            return hidden
+        if not torch.compiler.is_compiling() and position.device.type == "cpu" and bool((position >= size).any()):
+            raise UserError(
+                f"the text has {int(position.max()) + 1} tokens, more than attention.learned_positions={size}"
+            )
+        vectors = self.position_embedding(position.clamp(0, size - 1))
+        return hidden + torch.where((position < size).unsqueeze(-1), vectors, torch.nan).to(hidden.dtype)
 
     def _project(
         self, hidden: Tensor, state: KVCache | PagedKVCache | None, segments: Tensor | None
@@ -145,7 +162,10 @@ class Attention(Mixer):
         if after.dense:
             return causal_attention(query, key, value, window), after
         index = torch.arange(longest, device=position.device)
-        used = (index < length.unsqueeze(1))[..., None, None]
+        used = index < length.unsqueeze(1)
+        if window is not None:
+            used = used & (index > cache.length.unsqueeze(1) - window)
+        used = used[..., None, None]
         # What other sequences left in a page must not even be multiplied by zero.
         key, value = torch.where(used, key, 0), torch.where(used, value, 0)
 

@@ -86,6 +86,7 @@ class AttentionConfig:
     rotary_dim: int | None = None  # rotated share of head_dim; None: all of it
     rotary_interleaved: bool = False  # pairs (0, 1), (2, 3) instead of halves
     rope_scaling: RopeScaling | None = None  # None: the frequencies of rope_theta
+    learned_positions: int | None = None  # a trained vector for each of so many positions, added to the layer's input
     sliding_window: int | None = None  # newest keys that a query sees, itself included
     qkv_bias: bool = False
     out_bias: bool = False
@@ -108,8 +109,8 @@ class RecurrentConfig:
 
 
 @dataclass(frozen=True)
-class LTIConfig:
-    """What the linear time-invariant mixers share: the block round the state-space part, and its step sizes."""
+class SSMBlockConfig:
+    """What S4, S4D, LSSL and S6 share: the block round the state-space part, and its step sizes."""
 
     state_size: int = 64  # N, real states a channel; complex ones count twice
     # What stands round y = SSM(u): "gelu": out_proj(gelu(y)); "glu" (S4): glu(out_proj(gelu(y))); "s5": g * sigmoid(
@@ -124,6 +125,11 @@ class LTIConfig:
     def inner_size(self, hidden_size: int) -> int:
         """Channels of the state-space part."""
         return self.expand * hidden_size
+
+
+@dataclass(frozen=True)
+class LTIConfig(SSMBlockConfig):
+    """The linear time-invariant mixers."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,19 @@ class LSSLConfig(LTIConfig):
     state_size: int = 16
     measure: Literal["legs", "legt", "lagt"] = "legs"  # A and B are those of this HiPPO measure
     discretization: Literal["bilinear", "backward_euler", "zoh"] = "bilinear"
+
+
+@dataclass(frozen=True)
+class S6Config(SSMBlockConfig):
+    """S6 mixer: Mamba's selective state-space model in another block (arXiv 2312.00752, table 1)."""
+
+    state_size: int = 16
+    dt_rank: int | None = None  # None: ceil(hidden_size / 16)
+    dt_floor: float = 1e-4  # clamp of the sampled step size
+
+    def rank(self, hidden_size: int) -> int:
+        """Width of the low-rank dt."""
+        return self.dt_rank or -(-hidden_size // 16)
 
 
 @dataclass(frozen=True)

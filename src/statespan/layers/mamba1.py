@@ -7,15 +7,16 @@ from statespan.layers.config import Mamba1Config
 from statespan.layers.linear import Linear, projection_of
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
-from statespan.layers.state import SSMState
+from statespan.layers.state import SSMState, State
 from statespan.ops import (
     causal_conv1d,
     causal_conv1d_update,
-    mamba1_inner,
+    mamba1_block,
     selective_scan,
     selective_state_update,
 )
 from statespan.ops.decode_step import Mamba1Weights
+from statespan.ops.linear import add_product
 
 
 class Mamba1(Mixer):
@@ -47,24 +48,49 @@ class Mamba1(Mixer):
     ) -> tuple[Tensor, SSMState | None]:
         if state is not None and hidden.shape[1] == 1 and segments is None and not torch.is_grad_enabled():
             return self._step(hidden, state)
-        mix = self._mix_at_once if self._at_once(hidden) else self._mix
-        y, conv, ssm = mix(self.in_proj(hidden), state, segments)
+        y, conv, ssm = self._mix(self.in_proj(hidden), state, segments)
         return self.out_proj(y), None if state is None else SSMState(conv, ssm)
 
-    def _at_once(self, hidden: Tensor) -> bool:
-        """Whether the part between the outer projections runs as one op: on a GPU where gradients are wanted (a CPU
-        gains nothing), and if the inner projections are plain, neither quantized nor wrapped by an adapter."""
-        plain = type(self.x_proj) is Linear and type(self.dt_proj) is Linear
-        return plain and hidden.is_cuda and torch.is_grad_enabled()
+    def add_and_mix(
+        self,
+        norm: RMSNorm,
+        hidden: Tensor,
+        update: Tensor | None,
+        state: SSMState | None = None,
+        segments: Tensor | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor | None, State | None]:
+        """On a GPU, if projections are plain, neither quantized nor wrapped by an adapter: one op where gradients are
+        wanted, otherwise out_proj adds to the stream; a CPU gains nothing by either."""
+        plain = all(type(layer) is Linear for layer in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj))
+        if not (plain and hidden.is_cuda):
+            return super().add_and_mix(norm, hidden, update, state, segments, overwrite)
+        if torch.is_grad_enabled():
+            return self._add_and_mix_at_once(norm, hidden, update, state, segments)
+        if hidden.shape[1] == 1 or self.config.proj_bias or (update is None and not overwrite):
+            return super().add_and_mix(norm, hidden, update, state, segments, overwrite)
+        return self._mix_and_add(norm, hidden, update, state, segments)
 
-    def _mix_at_once(
-        self, xz: Tensor, state: SSMState | None, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _mix_and_add(
+        self, norm: RMSNorm, hidden: Tensor, update: Tensor | None, state: SSMState | None, segments: Tensor | None
+    ) -> tuple[Tensor, None, State | None]:
+        normed, total = norm.add(hidden, update)
+        y, conv, ssm = self._mix(self.in_proj(normed), state, segments)
+        add_product(total.view(-1, total.shape[-1]), y.flatten(0, 1), self.out_proj.weight.T)
+        return total, None, None if state is None else SSMState(conv, ssm)
+
+    def _add_and_mix_at_once(
+        self, norm: RMSNorm, hidden: Tensor, update: Tensor | None, state: SSMState | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor, State | None]:
         norms = None
         if self.config.inner_norms:
             norms = (self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight)
-        return mamba1_inner(
-            xz,
+        hidden, output, conv, ssm = mamba1_block(
+            hidden,
+            update,
+            norm.weight,
+            self.in_proj.weight,
+            self.in_proj.bias,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             self.x_proj.weight,
@@ -72,13 +98,17 @@ class Mamba1(Mixer):
             self.dt_bias,
             self.A_log,
             self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            epsilon=norm.epsilon,
             inner_norms=norms,
-            norm_epsilon=self.norm_epsilon,
             initial_conv=None if state is None else state.conv,
             initial_state=None if state is None else state.ssm,
             segments=segments,
             discretization=self.config.discretization,
+            keep_projected=self.keep_projected,
         )
+        return hidden, output, None if state is None else SSMState(conv, ssm)
 
     def _mix(self, xz: Tensor, state: SSMState | None, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x, z = xz.chunk(2, dim=-1)

@@ -8,9 +8,10 @@ from statespan.layers.config import Mamba2Config
 from statespan.layers.linear import Linear, projection_of
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import GatedRMSNorm, RMSNorm
-from statespan.layers.state import SSMState
-from statespan.ops import causal_conv1d, causal_conv1d_update, mamba2_inner, ssd, ssd_state_update
+from statespan.layers.state import SSMState, State
+from statespan.ops import causal_conv1d, causal_conv1d_update, mamba2_block, ssd, ssd_state_update
 from statespan.ops.decode_step import Mamba2Weights
+from statespan.ops.linear import add_product
 
 
 class Mamba2(Mixer):
@@ -43,25 +44,57 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, SSMState | None]:
         if state is not None and hidden.shape[1] == 1 and segments is None and not torch.is_grad_enabled():
             return self._step(hidden, state)
-        mix = self._mix_at_once if hidden.is_cuda and torch.is_grad_enabled() else self._mix
-        y, conv, ssm = mix(self.in_proj(hidden), state, segments)
+        y, conv, ssm = self._mix(self.in_proj(hidden), state, segments)
         return self.out_proj(y), None if state is None else SSMState(conv, ssm)
 
-    def _mix_at_once(
-        self, zxBCdt: Tensor, state: SSMState | None, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_mix` in one op, for gradients on a GPU; a CPU gains nothing."""
+    def add_and_mix(
+        self,
+        norm: RMSNorm,
+        hidden: Tensor,
+        update: Tensor | None,
+        state: SSMState | None = None,
+        segments: Tensor | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor | None, State | None]:
+        """On a GPU, if projections are plain, neither quantized nor wrapped by an adapter: one op where gradients are
+        wanted, otherwise out_proj adds to the stream; a CPU gains nothing by either."""
+        plain = all(type(layer) is Linear for layer in (self.in_proj, self.out_proj))
+        if not (plain and hidden.is_cuda):
+            return super().add_and_mix(norm, hidden, update, state, segments, overwrite)
+        if torch.is_grad_enabled():
+            return self._add_and_mix_at_once(norm, hidden, update, state, segments)
+        if hidden.shape[1] == 1 or self.config.proj_bias or (update is None and not overwrite):
+            return super().add_and_mix(norm, hidden, update, state, segments, overwrite)
+        return self._mix_and_add(norm, hidden, update, state, segments)
+
+    def _mix_and_add(
+        self, norm: RMSNorm, hidden: Tensor, update: Tensor | None, state: SSMState | None, segments: Tensor | None
+    ) -> tuple[Tensor, None, State | None]:
+        normed, total = norm.add(hidden, update)
+        y, conv, ssm = self._mix(self.in_proj(normed), state, segments)
+        add_product(total.view(-1, total.shape[-1]), y.flatten(0, 1), self.out_proj.weight.T)
+        return total, None, None if state is None else SSMState(conv, ssm)
+
+    def _add_and_mix_at_once(
+        self, norm: RMSNorm, hidden: Tensor, update: Tensor | None, state: SSMState | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor, State | None]:
         gated = self.config.gated_norm
-        return mamba2_inner(
-            zxBCdt,
+        hidden, output, conv, ssm = mamba2_block(
+            hidden,
+            update,
+            norm.weight,
+            self.in_proj.weight,
+            self.in_proj.bias,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             self.dt_bias,
             self.A_log,
             self.D,
             self.norm.weight if gated else None,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            epsilon=norm.epsilon,
             num_groups=self.config.num_groups,
-            norm_epsilon=self.norm_epsilon,
             norm_size=self.norm.group_size if gated else None,
             norm_before_gate=self.config.norm_before_gate,
             initial_conv=None if state is None else state.conv,
@@ -70,7 +103,9 @@ class Mamba2(Mixer):
             dt_limit=self.config.dt_limit,
             chunk_size=self.config.chunk_size,
             discretization=self.config.discretization,
+            keep_projected=self.keep_projected,
         )
+        return hidden, output, None if state is None else SSMState(conv, ssm)
 
     def _mix(self, zxBCdt: Tensor, state: SSMState | None, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         z, xBC, dt = self._split(zxBCdt)

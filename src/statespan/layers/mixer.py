@@ -20,9 +20,28 @@ class Mixer(KeepFloat32):
     number is padding.
     """
 
+    keep_projected = True  # where norm, projections and mixer run as one op: for the backward, or computed again in it
+
     @abstractmethod
     def forward(self, hidden: Tensor, state: Any = None, segments: Tensor | None = None) -> tuple[Tensor, State | None]:
         """Mix `hidden` [b t h] over t."""
+
+    def add_and_mix(
+        self,
+        norm: RMSNorm,
+        hidden: Tensor,
+        update: Tensor | None,
+        state: Any = None,
+        segments: Tensor | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor | None, State | None]:
+        """h = hidden + update [b t h], the mixer's output for norm(h), and the next state.
+
+        Or their sum, None, and the state: a product may be added where h lies. With `overwrite` h may be hidden itself.
+        """
+        normed, hidden = norm.add(hidden, update)
+        output, state = self(normed, state, segments)
+        return hidden, output, state
 
     def step_weights(self, norm: RMSNorm) -> Mamba1Weights | Mamba2Weights | None:
         """What a prepared decoding step of h + mixer(norm(h)) reads; None: this mixer has no such step."""

@@ -7,12 +7,13 @@ names as in the module) and the sizes of a mixer's state. A FLOP is one addition
 import math
 from dataclasses import dataclass
 
-from statespan.layers.config import AttentionConfig, LTIConfig, MLPConfig, MoEConfig
+from statespan.layers.config import AttentionConfig, MLPConfig, MoEConfig, SSMBlockConfig
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
 from statespan.ops.activation import GATED
 
 Shapes = dict[str, tuple[int, ...]]  # parameter name inside the module: shape
+NOT_MULTIPLIED = ("A_log", "_bias", "log_A_real", "A_imag", ".P", ".B", ".C", "position_embedding.weight")
 TRAINING_FACTOR = 3  # the backward pass multiplies twice for each multiplication of the forward pass
 
 
@@ -36,6 +37,8 @@ def mixer_shapes(config: ModelConfig, mixer: str) -> Shapes:
             return _attention_shapes(config)
         case "s4" | "s4d" | "lssl":
             return _lti_shapes(config, mixer)
+        case "s6":
+            return _s6_shapes(config)
         case _:
             return _recurrent_shapes(config, gates=4 if mixer == "lstm" else 3)
 
@@ -69,19 +72,15 @@ def _attention_shapes(config: ModelConfig) -> Shapes:
     shapes = _linear("qkv_proj", qkv, hidden, sizes.qkv_bias)
     if sizes.conv_kernel:
         shapes |= _conv(qkv, sizes.conv_kernel, bias=True)
+    if sizes.learned_positions is not None:
+        shapes["position_embedding.weight"] = (sizes.learned_positions, hidden)
     return shapes | _linear("out_proj", hidden, queries, sizes.out_bias)
 
 
 def _lti_shapes(config: ModelConfig, mixer: str) -> Shapes:
-    sizes, hidden = _lti_config(config, mixer), config.hidden_size
-    inner, states = sizes.inner_size(hidden), sizes.state_size
-    parts = {"h3": 3, "mamba": 2}.get(sizes.block)
-    shapes: Shapes = {"log_dt": (inner,), "D": (inner,)}
-    if parts:
-        shapes |= _linear("in_proj", parts * inner, hidden, sizes.proj_bias) | _conv(
-            inner, sizes.conv_kernel, bias=True
-        )
-    shapes |= _linear("out_proj", 2 * hidden if sizes.block == "glu" else hidden, inner, sizes.proj_bias)
+    sizes = _block_config(config, mixer)
+    inner, states = sizes.inner_size(config.hidden_size), sizes.state_size
+    shapes = _block_shapes(config, sizes) | {"log_dt": (inner,), "D": (inner,)}
     if mixer == "lssl":
         return shapes | {"C": (inner, states)}
     if mixer == "s4d" and config.s4d.init == "real":
@@ -91,8 +90,26 @@ def _lti_shapes(config: ModelConfig, mixer: str) -> Shapes:
     return shapes | ({"P": (*pairs, 2), "B": (*pairs, 2)} if mixer == "s4" else {})
 
 
-def _lti_config(config: ModelConfig, mixer: str) -> LTIConfig:
-    return {"s4": config.s4, "s4d": config.s4d}.get(mixer, config.lssl)
+def _s6_shapes(config: ModelConfig) -> Shapes:
+    sizes, states = config.s6, config.s6.state_size
+    inner, rank = sizes.inner_size(config.hidden_size), sizes.rank(config.hidden_size)
+    shapes = _block_shapes(config, sizes) | {"dt_bias": (inner,), "A_log": (inner, states), "D": (inner,)}
+    return shapes | {"x_proj.weight": (rank + 2 * states, inner), "dt_proj.weight": (inner, rank)}
+
+
+def _block_shapes(config: ModelConfig, sizes: SSMBlockConfig) -> Shapes:
+    """What stands round an SSM."""
+    hidden, inner = config.hidden_size, sizes.inner_size(config.hidden_size)
+    shapes = _linear("out_proj", 2 * hidden if sizes.block == "glu" else hidden, inner, sizes.proj_bias)
+    parts = {"h3": 3, "mamba": 2}.get(sizes.block)
+    if parts is None:
+        return shapes
+    return shapes | _linear("in_proj", parts * inner, hidden, sizes.proj_bias) | _conv(inner, sizes.conv_kernel, True)
+
+
+def _block_config(config: ModelConfig, mixer: str) -> SSMBlockConfig:
+    configs: dict[str, SSMBlockConfig] = {"s4": config.s4, "s4d": config.s4d, "s6": config.s6}
+    return configs.get(mixer, config.lssl)
 
 
 def _recurrent_shapes(config: ModelConfig, gates: int) -> Shapes:
@@ -176,7 +193,7 @@ def forward_flops(config: ModelConfig, context_length: int) -> int:
     """FLOPs of one token's forward pass when it is the `context_length`-th of its sequence (itself included).
 
     2 for each active entry of a matrix or conv tap (the head included, the embedding not), and for each mixer
-    - Mamba-1: 7 d n for h = exp(dt A) h + (dt u) B, y = C h   (d channels, n states);
+    - Mamba-1, S6: 7 d n for h = exp(dt A) h + (dt u) B, y = C h   (d channels, n states);
     - Mamba-2: 5 h p n for the same with one decay a head      (h heads of width p);
     - S4 20 d n, S4D 7 d n (real: 5 d n), LSSL 2 d n (n+2) for one step of the recurrence (n real states);
     - attention: 4 h p t for q k^T and the weighted sum of v   (t visible tokens, at most the sliding window).
@@ -196,13 +213,15 @@ def layer_forward_flops(config: ModelConfig, spec: LayerSpec, context_length: in
     matrices = sum(
         2 * _active_size(config, name, shape)
         for name, shape in _layer_shapes(config, spec).items()
-        if len(shape) > 1 and not name.endswith(("A_log", "_bias", "log_A_real", "A_imag", ".P", ".B", ".C"))
+        if len(shape) > 1 and not name.endswith(NOT_MULTIPLIED)
     )
     match spec.mixer:
         case "mamba1":
             return matrices + 7 * config.mamba1_inner_size * config.mamba1.state_size
         case "mamba2":
             return matrices + 5 * config.mamba2_inner_size * config.mamba2.state_size
+        case "s6":
+            return matrices + 7 * config.s6.inner_size(config.hidden_size) * config.s6.state_size
         case "s4" | "s4d" | "lssl":
             return matrices + _lti_step_flops(config, spec.mixer)
         case "attention":
@@ -213,7 +232,7 @@ def layer_forward_flops(config: ModelConfig, spec: LayerSpec, context_length: in
 
 
 def _lti_step_flops(config: ModelConfig, mixer: str) -> int:
-    sizes = _lti_config(config, mixer)
+    sizes = _block_config(config, mixer)
     states = sizes.state_size
     per_state = {"s4": 20, "s4d": 5 if config.s4d.init == "real" else 7}.get(mixer, 2 * (states + 2))
     return per_state * sizes.inner_size(config.hidden_size) * states
@@ -288,8 +307,8 @@ def layer_state_bytes(config: ModelConfig, spec: LayerSpec, value_bytes: int = 2
             return window * value_bytes + config.mamba2_inner_size * config.mamba2.state_size * ssm_bytes
         case "attention" if config.attention.conv_kernel:
             return (config.attention.conv_kernel - 1) * _qkv_size(config) * value_bytes
-        case "s4" | "s4d" | "lssl":
-            sizes = _lti_config(config, spec.mixer)
+        case "s4" | "s4d" | "lssl" | "s6":
+            sizes = _block_config(config, spec.mixer)
             inner = sizes.inner_size(config.hidden_size)
             window = (sizes.conv_kernel - 1) * inner if sizes.block in ("h3", "mamba") else 0
             return window * value_bytes + inner * sizes.state_size * ssm_bytes
@@ -335,8 +354,8 @@ def _inner_bytes(config: ModelConfig, spec: LayerSpec, value_bytes: int) -> int:
             mixer = (3 * config.mamba2_inner_size + 2 * _mamba2_conv_size(config)) * value_bytes
         case "attention":
             mixer = 2 * _qkv_size(config) * value_bytes
-        case "s4" | "s4d" | "lssl":
-            mixer = 8 * _lti_config(config, spec.mixer).inner_size(hidden) * 4
+        case "s4" | "s4d" | "lssl" | "s6":
+            mixer = 8 * _block_config(config, spec.mixer).inner_size(hidden) * 4
         case _:
             mixer = 8 * hidden * value_bytes
     return max(mixer, feed_forward)

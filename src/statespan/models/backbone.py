@@ -12,6 +12,7 @@ from statespan.layers.moe import MoE, RouterMetrics
 from statespan.layers.norm import RMSNorm
 from statespan.layers.recurrent import Recurrent
 from statespan.layers.s4 import LSSL, S4, S4D
+from statespan.layers.s6 import S6
 from statespan.layers.state import ModelState, State
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
@@ -32,6 +33,8 @@ def build_mixer(config: ModelConfig, name: str) -> Mixer:
             return S4D(config.hidden_size, config.s4d)
         case "lssl":
             return LSSL(config.hidden_size, config.lssl)
+        case "s6":
+            return S6(config.hidden_size, config.s6)
         case _:
             return Recurrent(config.hidden_size, config.recurrent, name)
 
@@ -64,12 +67,16 @@ class Block(nn.Module):
         update: Tensor | None = None,
         state: State | None = None,
         segments: Tensor | None = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Tensor | None, State | None, RouterMetrics | None]:
-        """One layer on the residual stream hidden + update [b t h]: the same two, the next state, router metrics."""
+        """One layer on the residual stream hidden + update [b t h]: the same two, the next state, router metrics.
+
+        With `overwrite` hidden may be changed in place.
+        """
         router = None
         if self.mixer is not None:
-            normed, hidden = self.mixer_norm.add(hidden, update)
-            update, state = self.mixer(normed, state, segments)
+            mixed = self.mixer.add_and_mix(self.mixer_norm, hidden, update, state, segments, overwrite)
+            hidden, update, state = mixed
         if self.feed_forward is not None:
             normed, hidden = self.feed_forward_norm.add(hidden, update)
             update, router = self.feed_forward(normed, segments)
@@ -95,9 +102,9 @@ class Backbone(nn.Module):
                 "it comes from another model: make one with model.new_state(batch_size)"
             )
         routers: list[RouterMetrics] = []
-        activation, update = hidden.new_zeros(()), None
+        activation, update, given = hidden.new_zeros(()), None, hidden
         for index, layer in enumerate(self.layers):
-            hidden, update, states[index], router = layer(hidden, update, states[index], segments)
+            hidden, update, states[index], router = layer(hidden, update, states[index], segments, hidden is not given)
             if router is not None:
                 routers.append(router)
             if self.collect_activations:

@@ -10,7 +10,6 @@ from statespan.errors import UserError
 from statespan.layers.config import (
     AttentionConfig,
     LSSLConfig,
-    LTIConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
@@ -18,6 +17,8 @@ from statespan.layers.config import (
     RecurrentConfig,
     S4Config,
     S4DConfig,
+    S6Config,
+    SSMBlockConfig,
 )
 from statespan.models.layer_pattern import LayerSpec
 
@@ -35,6 +36,7 @@ class ModelConfig:
     s4: S4Config = S4Config()
     s4d: S4DConfig = S4DConfig()
     lssl: LSSLConfig = LSSLConfig()
+    s6: S6Config = S6Config()
     recurrent: RecurrentConfig = RecurrentConfig()
     mlp: MLPConfig = MLPConfig()
     moe: MoEConfig = MoEConfig()
@@ -62,9 +64,9 @@ class ModelConfig:
             _check_mamba2(self)
         if "attention" in used:
             _check_attention(self)
-        for name in ("s4", "s4d", "lssl"):
+        for name in ("s4", "s4d", "lssl", "s6"):
             if name in used:
-                _check_lti(name, getattr(self, name))
+                _check_ssm_block(name, getattr(self, name))
         if "moe" in used:
             _check_moe(self.moe)
 
@@ -133,9 +135,12 @@ def _check_attention(config: ModelConfig) -> None:
         raise UserError(f"ModelConfig.attention: num_heads {heads} must divide hidden_size {config.hidden_size}")
     if heads % kv_heads:
         raise UserError(f"ModelConfig.attention: num_kv_heads {kv_heads} must divide num_heads {heads}")
+    size = config.attention.learned_positions
+    if size is not None and size < 1:
+        raise UserError(f"ModelConfig.attention: learned_positions must be at least 1, got {size}")
 
 
-def _check_lti(name: str, config: LTIConfig) -> None:
+def _check_ssm_block(name: str, config: SSMBlockConfig) -> None:
     where = f"ModelConfig.{name}"
     if min(config.state_size, config.expand, config.conv_kernel) < 1:
         raise UserError(f"{where}: state_size, expand and conv_kernel must be at least 1")

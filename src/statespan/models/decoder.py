@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from statespan.layers.attention import Attention
 from statespan.layers.linear import projection_of
+from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mixer import Mixer
 from statespan.layers.mlp import MLP
 from statespan.layers.moe import MoE
@@ -24,7 +26,14 @@ from statespan.models.mixer_step import (
     ssm_forward,
 )
 from statespan.models.pool_step import Held, NextSlots, PagedAttention
-from statespan.ops.decode_step import FeedForwardWeights, HeadWeights, Mamba1Weights, Mamba2Weights, prepare
+from statespan.ops.decode_step import (
+    FeedForwardWeights,
+    HeadWeights,
+    Mamba1Weights,
+    Mamba2Weights,
+    prepare,
+    prepare_stack,
+)
 from statespan.ops.decode_step.tokens import embedder
 from statespan.ops.dispatch import resolve
 
@@ -75,8 +84,11 @@ class Decoder:
         for block, state in zip(blocks, states, strict=True):
             if isinstance(block.mixer, Attention) and isinstance(state, PagedKVCache) and active is not None:
                 self._slots = self._slots or NextSlots(block.mixer, state, active)
-        for block, state in zip(blocks, states, strict=True):
-            self._add(block, state)
+        for alike, group in groupby(zip(blocks, states, strict=True), key=lambda pair: _is_mamba1(pair[0])):
+            pairs = list(group)
+            if not (alike and self._add_stack(pairs)):
+                for block, state in pairs:
+                    self._add(block, state)
         self.capturing = False  # a graph: nothing runs now, and each replay makes room for its token itself
         self.moves = 0  # how often memory moved that a graph may hold
 
@@ -130,6 +142,26 @@ class Decoder:
         if block.feed_forward is not None:
             self._halves.append(self._feed_forward_step(block.feed_forward, block.feed_forward_norm))
 
+    def _add_stack(self, pairs: Sequence[tuple[Block, State | None]]) -> bool:
+        """One step for blocks of Mamba-1 alone; False where each needs its own."""
+        if len(pairs) < 2 or self._device.type != "cuda":
+            return False
+        weights, states, mixers = list[Mamba1Weights](), list[SSMState](), list[MixerStep | None]()
+        for block, memory in pairs:
+            layer, norm = block.mixer, block.mixer_norm
+            assert isinstance(layer, Mamba1)
+            state = layer.new_state(self.batch_size, self._device, self._dtype) if memory is None else memory
+            assert isinstance(state, SSMState)
+            weights.append(layer.step_weights(norm))
+            states.append(state)
+            mixers.append(StaticSSM(ssm_forward(layer, norm), state) if memory is None else None)
+        step = prepare_stack(weights, [(state.conv, state.ssm) for state in states], self._hidden_dtype)
+        if step is None:
+            return False
+        self._halves.append(step)
+        self._mixers += mixers
+        return True
+
     def _mixer_step(self, layer: Mixer, norm: RMSNorm) -> MixerStep:
         weights = layer.step_weights(norm)
         prepared = None if weights is None else self._prepare(weights)
@@ -150,9 +182,11 @@ class Decoder:
             return StaticSSM(prepared or ssm_forward(layer, norm), memory)
         if isinstance(layer, Attention) and isinstance(memory, PagedKVCache):
             assert self._slots is not None  # memory comes with `active`
-            qkv = projection_of(layer.qkv_proj)
-            project = self._prepare(HeadWeights(norm.weight, norm.epsilon, qkv, qkv.weight.shape[0]))
-            return PagedAttention(layer, project or (lambda x: layer.qkv_proj(norm(x))), memory, self._slots)
+            slots, qkv, project = self._slots, projection_of(layer.qkv_proj), None
+            if layer.config.learned_positions is None:
+                project = self._prepare(HeadWeights(norm.weight, norm.epsilon, qkv, qkv.weight.shape[0]))
+            placed = project or (lambda x: layer.qkv_proj(layer.placed(norm(x), slots.position)))
+            return PagedAttention(layer, placed, memory, slots)
         return Held(layer, norm, memory)
 
     def _feed_forward_step(self, layer: MLP | MoE, norm: RMSNorm) -> Step:
@@ -165,6 +199,11 @@ class Decoder:
 
     def _prepare(self, weights: Weights) -> Callable[..., Any] | None:
         return prepare(weights, self.batch_size, self._hidden_dtype, self._dtype)
+
+
+def _is_mamba1(block: Block) -> bool:
+    """Whether the block is a Mamba-1 mixer alone."""
+    return isinstance(block.mixer, Mamba1) and block.feed_forward is None
 
 
 class _Captured:

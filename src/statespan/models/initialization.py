@@ -3,14 +3,15 @@
 | parameter | distribution | source |
 |---|---|---|
 | embedding, untied head | normal, standard deviation config.initializer_range | mamba, GPT-2 |
+| learnt positions of attention | normal, standard deviation 1: as large as the norm's output that they are added to | |
 | matrices of linear layers and experts, conv taps and biases | uniform within 1 / sqrt(fan_in) | nn.Linear, nn.Conv1d |
 | out_proj and down_proj | the same, divided by sqrt(number of residual additions) | GPT-2; mamba |
 | biases of linear layers, experts and routers | 0 | |
 | norm weights, D | 1 | arXiv 2312.00752 |
-| A_log, Mamba-1 | log(1 .. N) in every channel (S4D-Real) | arXiv 2312.00752, section 3.6 |
+| A_log, Mamba-1 and S6 | log(1 .. N) in every channel (S4D-Real) | arXiv 2312.00752, section 3.6 |
 | A_log, Mamba-2 | log of a uniform in A_init_range | arXiv 2405.21060 |
 | dt_bias | softplus^-1 of a log-uniform step size in [dt_min, dt_max], at least dt_floor | mamba |
-| Mamba-1 dt_proj.weight | uniform within dt_rank^-1/2 | mamba |
+| Mamba-1 and S6 dt_proj.weight | uniform within dt_rank^-1/2 | mamba |
 | S4, S4D, LSSL log_dt | log of a log-uniform step size in [dt_min, dt_max] | arXiv 2111.00396 |
 | S4 log_A_real, A_imag, P, B | HiPPO-LegS in diagonal plus low-rank form | arXiv 2111.00396, theorem 1 |
 | S4D log_A_real, A_imag | LegS, Lin, Inv or Real, as config.init says | arXiv 2206.11893, section 4 |
@@ -25,13 +26,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from statespan.layers.attention import Attention
-from statespan.layers.config import Mamba1Config, Mamba2Config
+from statespan.layers.config import Mamba1Config, Mamba2Config, S6Config
 from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mamba2 import Mamba2
 from statespan.layers.mlp import MLP
 from statespan.layers.moe import Experts
 from statespan.layers.recurrent import Recurrent
 from statespan.layers.s4 import S4D, LTIMixer
+from statespan.layers.s6 import S6
+from statespan.layers.ssm_block import SSMBlock
 from statespan.models.config import ModelConfig
 from statespan.ops.lti import diagonal_eigenvalues, dplr
 
@@ -59,10 +62,12 @@ def _initializer(
 ) -> Initializer:
     owner, parent_name = modules[owner_name], owner_name.rpartition(".")[0]
     parent = modules[parent_name]
-    if isinstance(owner, Mamba1 | Mamba2):
+    if isinstance(owner, Mamba1 | Mamba2 | S6):
         return _state_space(owner, leaf, generator)
     if isinstance(owner, LTIMixer):
         return _time_invariant(owner, leaf, generator)
+    if isinstance(owner, nn.Embedding) and isinstance(parent, Attention):
+        return lambda values: values.normal_(generator=generator)
     if isinstance(owner, nn.Embedding) or owner_name == "lm_head":
         return lambda values: values.normal_(0.0, config.initializer_range, generator=generator)
     if isinstance(owner, Experts):
@@ -94,7 +99,7 @@ def _linear(
     bound = layer.in_features**-0.5
     if name == "out_proj" and isinstance(parent, Mamba1 | Mamba2 | Attention):
         bound *= residual_scale(config)
-    if name == "out_proj" and isinstance(parent, LTIMixer) and parent.block != "s5":  # whose out_proj is only a gate
+    if name == "out_proj" and isinstance(parent, SSMBlock) and parent.block != "s5":  # whose out_proj is only a gate
         bound *= residual_scale(config)
     if name == "down_proj" and isinstance(parent, MLP):
         bound *= residual_scale(config)
@@ -109,18 +114,18 @@ def _expert(leaf: str, config: ModelConfig, generator: Generator) -> Initializer
     return _uniform(config.hidden_size**-0.5, generator)
 
 
-def _state_space(mixer: Mamba1 | Mamba2, leaf: str, generator: Generator) -> Initializer:
+def _state_space(mixer: Mamba1 | Mamba2 | S6, leaf: str, generator: Generator) -> Initializer:
     if leaf == "D":
         return torch.ones_like
     if leaf == "dt_bias":
         return lambda values: values.copy_(_inverse_softplus(_step_sizes(mixer.config, values, generator)))
-    if isinstance(mixer, Mamba1):
+    if isinstance(mixer, Mamba1 | S6):
         return lambda values: values.copy_(values.new_ones(values.shape[1]).cumsum(0).log().expand_as(values))
     low, high = mixer.config.A_init_range
     return lambda values: values.uniform_(low, high, generator=generator).log_()
 
 
-def _step_sizes(config: Mamba1Config | Mamba2Config, like: Tensor, generator: Generator) -> Tensor:
+def _step_sizes(config: Mamba1Config | Mamba2Config | S6Config, like: Tensor, generator: Generator) -> Tensor:
     low, high = math.log(config.dt_min), math.log(config.dt_max)
     return torch.empty_like(like).uniform_(low, high, generator=generator).exp_().clamp_(min=config.dt_floor)
 

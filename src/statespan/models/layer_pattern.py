@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from statespan.errors import UnknownName, UserError
 
-MixerName = Literal["mamba1", "mamba2", "attention", "s4", "s4d", "lssl", "lstm", "gru"]
+MixerName = Literal["mamba1", "mamba2", "attention", "s4", "s4d", "lssl", "s6", "lstm", "gru"]
 FeedForwardName = Literal["mlp", "moe"]
 MIXERS: tuple[str, ...] = get_args(MixerName)
 FEED_FORWARDS: tuple[str, ...] = get_args(FeedForwardName)

@@ -136,10 +136,11 @@ class StaticAttention(MixerStep):
         used, wanted = slice(0, state.length), state.length + min(room, AHEAD)
         moved = wanted > self._cache.key.shape[1]
         if moved:
-            self._cache = _with_capacity(self._cache, -(-wanted // GRAIN) * GRAIN)
+            self._cache = _adopted(state, wanted) or _with_capacity(self._cache, -(-wanted // GRAIN) * GRAIN)
         ours = self._cache
         for buffer, source in ((ours.key, state.key), (ours.value, state.value), (ours.position, state.position)):
-            buffer[:, used].copy_(source[:, used])
+            if buffer is not source:
+                buffer[:, used].copy_(source[:, used])
         ours.position[:, state.length :].fill_(-1)
         ours.next_position.copy_(state.next_position)
         if ours.conv is not None and state.conv is not None:
@@ -167,7 +168,7 @@ class StaticAttention(MixerStep):
 
     def __call__(self, hidden: Tensor) -> Tensor:
         layer, cache = self._layer, self._cache
-        qkv = layer.qkv_proj(self._norm(hidden))
+        qkv = layer.qkv_proj(layer.placed(self._norm(hidden), cache.next_position))
         if cache.conv is not None:
             qkv = convolved(layer, qkv, cache.conv)
         heads = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
@@ -198,6 +199,20 @@ def convolved(layer: Attention, qkv: Tensor, window: Tensor) -> Tensor:
     qkv, after = causal_conv1d_update(window, qkv.to(window.dtype), weight, bias, activation=None)
     window.copy_(after)
     return qkv
+
+
+def _adopted(state: KVCache, capacity: int) -> KVCache | None:
+    """The state's own buffers, for writing behind what it knows; None where they are too small, or somebody has.
+
+    Keys and values are the most of a Transformer's memory: a copy would hold them twice.
+    """
+    if state.key.shape[1] < capacity or state.fill.count != state.length:
+        return None
+    state.fill.count = state.key.shape[1]  # who appends to the state copies it first
+    for buffer in (state.key, state.value):
+        buffer[:, state.length :].zero_()  # as in fresh ones
+    conv = None if state.conv is None else state.conv.clone()
+    return replace(state, next_position=state.next_position.clone(), conv=conv)
 
 
 def _with_capacity(cache: KVCache, capacity: int) -> KVCache:

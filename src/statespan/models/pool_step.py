@@ -45,12 +45,13 @@ class NextSlots:
         self._layer, self._cache, self._active = layer, cache, active
         self.seen = torch.zeros_like(active)  # [b] slots, the new one included
         self.slot = torch.zeros_like(active, dtype=torch.int64)  # [b], of all pages' slots
+        self.position = torch.zeros_like(active)  # [b] of the new tokens in their sequences
         self.angles: tuple[Tensor, Tensor] | None = None  # cos and sin [b r/2] of the new tokens
 
     def step(self) -> None:
         """Each row has a token more."""
         layer, cache, size = self._layer, self._cache, self._cache.page_size
-        position = cache.length * self._active
+        position = torch.mul(cache.length, self._active, out=self.position)
         page = cache.table.gather(1, (position // size).long().unsqueeze(1)).squeeze(1)
         torch.mul(page.long() * size + position % size, self._active, out=self.slot)
         torch.add(position, self._active, out=self.seen)

@@ -6,8 +6,8 @@ from statespan.ops.decode_attention.paged import paged_decode_attention
 from statespan.ops.grouped_mlp import grouped_mlp
 from statespan.ops.linear import linear, quantize_rows
 from statespan.ops.linear_cross_entropy import linear_cross_entropy
-from statespan.ops.mamba1_inner import mamba1_inner
-from statespan.ops.mamba2_inner import mamba2_inner
+from statespan.ops.mamba1_block import mamba1_block
+from statespan.ops.mamba2_block import mamba2_block
 from statespan.ops.rms_norm import gated_rms_norm, rms_norm
 from statespan.ops.selective_scan import selective_scan
 from statespan.ops.ssd import ssd
@@ -21,8 +21,8 @@ __all__ = [
     "grouped_mlp",
     "linear",
     "linear_cross_entropy",
-    "mamba1_inner",
-    "mamba2_inner",
+    "mamba1_block",
+    "mamba2_block",
     "paged_decode_attention",
     "quantize_rows",
     "rms_norm",

@@ -12,6 +12,11 @@ def autocast(tensor: Tensor) -> Tensor: ...
 def autocast(tensor: Tensor | None) -> Tensor | None: ...
 def autocast(tensor: Tensor | None) -> Tensor | None:
     """The tensor in the autocast dtype where autocast is on for its device; float64 and None stay as they are."""
-    if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return None if tensor is None else tensor.to(product_dtype(tensor))
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which `autocast` gives a weight to a product."""
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+        return weight.dtype
+    return torch.get_autocast_dtype(weight.device.type)

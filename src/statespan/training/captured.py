@@ -3,7 +3,11 @@
 At small batches the host takes longer to start a layer's kernels than a GPU to run them; graphs take it out of the way.
 """
 
-from collections.abc import Callable
+import gc
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,16 +16,65 @@ from torch import Tensor, nn
 from statespan.errors import UserError
 
 WARM_UPS = 2  # kernels are compiled and chosen before anything is captured
+preparing = threading.RLock()  # threads that train side by side warm up and capture one after the other
+_thread = threading.local()
+
+
+def _stream() -> torch.cuda.Stream:
+    """This thread's own, to warm up and capture on.
+
+    A graph keeps the cuBLAS workspace of the stream it was captured on: graphs that run side by side must not share it.
+    PyTorch hands out 32 streams of a priority in turns; this priority is nobody else's.
+    """
+    if not hasattr(_thread, "stream"):
+        _thread.stream = torch.cuda.Stream(priority=-1)
+    return _thread.stream
+
+
+@contextmanager
+def warming_up() -> Generator[None]:
+    """Run what comes before a capture on the stream of the capture, between what the current stream does."""
+    stream = _stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Generator[None]:
+    """Capture what is launched on the current stream; other threads go on with work of their own meanwhile."""
+    with preparing:
+        gc_was_enabled = gc.isenabled()
+        gc.disable()  # an old graph that is collected now would end the capture
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=_stream(), capture_error_mode="thread_local"):
+                yield
+        finally:
+            if gc_was_enabled:
+                gc.enable()
+
+
+@dataclass
+class _Call:
+    """A captured call: where its inputs lie, what it returns, and the gradients that it writes, one a parameter."""
+
+    graph: torch.cuda.CUDAGraph
+    places: tuple[Tensor | None, ...]
+    outputs: Any
+    gradients: list[Tensor | None]
 
 
 class Captured:
-    """`compute(*inputs)`, which adds to the gradients of `module` and returns tensors, captured for each kind of input.
+    """`compute(*inputs)`, which gives gradients to `module` and returns tensors, captured for each kind of input.
 
-    A kind is the shapes and dtypes of the inputs, and which of them are None. Gradients are added to tensors that stay
-    where they are: set them to zero in place, never to None.
+    A kind is the shapes and dtypes of the inputs, and which of them are None. As without graphs, gradients are added to
+    those that are there, and new where they are None, as `zero_grad()` leaves them. New ones always lie in the same
+    tensors: a first call writes them where it computes them, neither zeros nor sums are needed, and their memory
+    serves the activations while there are none.
 
     Args:
-        module: its parameters get gradients, zero to begin with.
+        module: its parameters get gradients.
         compute: forward and backward. It must not wait for the GPU, and its control flow must not depend on values.
     """
 
@@ -30,38 +83,51 @@ class Captured:
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if any(parameter.device.type != "cuda" for parameter in self._parameters):
             raise UserError("run.cuda_graph needs the model on a CUDA device: run.device=cuda")
-        self._calls: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...], Any]] = {}
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        self._calls: dict[Any, _Call] = {}
+        self._gradients: list[Tensor | None] | None = None  # the tensors that all graphs write to
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """What compute returns, in tensors that the next call of the same kind overwrites."""
-        kind = tuple(None if value is None else (value.shape, value.dtype) for value in inputs)
+        new = all(parameter.grad is None for parameter in self._parameters)
+        kind = (new, *(None if value is None else (value.shape, value.dtype) for value in inputs))
         if kind not in self._calls:
-            self._calls[kind] = self._capture(inputs)
-        graph, places, outputs = self._calls[kind]
-        for place, value in zip(places, inputs, strict=True):
+            with preparing:
+                self._calls[kind] = self._capture(inputs, new)
+        call = self._calls[kind]
+        for place, value in zip(call.places, inputs, strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
-        graph.replay()
-        return outputs
+        for parameter, gradient in zip(self._parameters, call.gradients, strict=True):
+            if gradient is None or parameter.grad is gradient:
+                continue
+            if not new:  # what came from elsewhere goes where the graph adds to it
+                gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+        call.graph.replay()
+        return call.outputs
 
-    def _capture(
-        self, inputs: tuple[Tensor | None, ...]
-    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...], Any]:
+    def _capture(self, inputs: tuple[Tensor | None, ...], new: bool) -> _Call:
         places = tuple(None if value is None else value.clone() for value in inputs)
-        before = [parameter.grad.clone() for parameter in self._parameters if parameter.grad is not None]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        before = [parameter.grad for parameter in self._parameters]
+        with warming_up():
             for _ in range(WARM_UPS):
+                self._show([None] * len(before))
                 self._compute(*places)
-        torch.cuda.current_stream().wait_stream(stream)
-        for parameter, gradient in zip(self._parameters, before, strict=True):
-            assert parameter.grad is not None  # made at the beginning
-            parameter.grad.copy_(gradient)
+        if self._gradients is None:
+            self._gradients = before
+        self._show(self._gradients)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._calls.values()))[0].pool() if self._calls else None
-        with torch.cuda.graph(graph, pool=pool):
+        pool = next(iter(self._calls.values())).graph.pool() if self._calls else None
+        with capture(graph, pool):
+            if new and self._calls:  # after the first kind of call the gradients have their place
+                for gradient in self._gradients:
+                    if gradient is not None:
+                        gradient.zero_()
             outputs = self._compute(*places)
-        return graph, places, outputs
+        gradients = self._gradients = [parameter.grad for parameter in self._parameters]
+        self._show(before)
+        return _Call(graph, places, outputs, gradients)
+
+    def _show(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient

@@ -54,9 +54,12 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
+    lti_learning_rate: float | None = None  # peak for A, B and dt of S4, S4D and LSSL layers; None: learning_rate
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        lti = self.lti_learning_rate
+        require(lti is None or lti > 0, f"optimizer.lti_learning_rate must be above 0, got {lti}")
         require(self.weight_decay >= 0, f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
         require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must be in [0, 1), got {list(self.betas)}")
         require(
@@ -110,6 +113,9 @@ class RunConfig:
     accumulation_steps: int = 1  # parts in which the batch goes through the model
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; the parameters stay float32
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, about 1/3 more time
+    recompute_projections: float = (
+        0.0  # share of Mamba layers whose in_proj runs again in a GPU's backward: 1 costs 1/10
+    )
     device: str = "cpu"
     cuda_graph: bool = False  # capture forward and backward once and replay them: faster where layers are short
     log_every: int = 10  # steps a row of metrics
@@ -123,6 +129,8 @@ class RunConfig:
         require(
             self.max_seconds is None or self.max_seconds > 0, f"run.max_seconds must be above 0, got {self.max_seconds}"
         )
+        share = self.recompute_projections
+        require(0 <= share <= 1, f"run.recompute_projections must be 0 to 1, got {share}")
 
 
 @dataclass(frozen=True)

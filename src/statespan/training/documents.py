@@ -2,7 +2,9 @@
 
 import fnmatch
 import glob
+import itertools
 import json
+import random
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +20,11 @@ TEXT_ENDINGS = (
     "r jl lua hs ml ex erl clj el lisp scm swift cs fs dart f90 sh bash zsh vim cmake"
 )
 TEXT_SUFFIXES = frozenset(f".{ending}" for ending in TEXT_ENDINGS.split())
+# Of source text are left out: what users installed, test-suites (not every distribution ships them), and files that
+# programs wrote (tables of character encodings, the help texts), so that what is left is source that people wrote.
+NO_SOURCES = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+)
 
 
 def find_files(paths: str | Iterable[str], exclude: Iterable[str] = ()) -> list[Path]:
@@ -54,6 +61,28 @@ def _files_of_folder(folder: Path, exclude: tuple[str, ...]) -> list[Path]:
     if not files:
         raise DataError(f"{folder}: the folder has no text, jsonl or parquet file with anything in it")
     return files
+
+
+def python_sources(root: Path, max_files: int | None = None, seed: int = 0) -> list[Path]:
+    """The .py files under `root` that are not empty, are UTF-8 and are in no folder of NO_SOURCES: sorted, relative.
+
+    Args:
+        root: such as the folder of the standard library.
+        max_files: take this many, drawn with the seed; None: all.
+        seed: of the draw.
+    """
+    paths = sorted(path.relative_to(root) for path in root.rglob("*.py"))
+    wanted = [path for path in paths if not NO_SOURCES & set(path.parts)]
+    if max_files is not None:
+        random.Random(seed).shuffle(wanted)
+    return sorted(itertools.islice((path for path in wanted if _is_text(root / path)), max_files))
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes().decode("utf-8"))
+    except (UnicodeDecodeError, OSError):
+        return False
 
 
 def read_documents(files: Iterable[Path], text_field: str = "text", max_bytes: int | None = None) -> Iterator[str]:

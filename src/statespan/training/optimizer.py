@@ -1,11 +1,12 @@
-"""AdamW over two groups of parameters: with weight decay and without."""
+"""AdamW over groups of parameters: with weight decay or without, and A, B and dt of S4 at a rate of their own."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from statespan.training.config import OptimizerConfig
 
-SSM_PARAMETERS = frozenset({"A_log", "D", "dt_bias", "log_dt", "log_A_real", "A_imag", "P", "B"})
+LTI_DYNAMICS = frozenset({"log_dt", "log_A_real", "A_imag", "P", "B"})  # of S4, S4D and LSSL
+UNDECAYED = LTI_DYNAMICS | {"A_log", "D", "dt_bias"}
 
 
 def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
@@ -13,29 +14,42 @@ def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
 
     It shrinks matrices, conv taps and S4's C. It leaves alone A_log, D and the dt biases, and A, B and dt of S4 (decay
     would pull the memory's time scales to one value, arXiv 2312.00752), biases, norms and every other vector, and the
-    embedding, tied to the head or not: a rare token's row gets few gradients to make up for the decay.
+    embeddings of tokens, tied to the head or not, and positions: a rare one's row gets few gradients to make up for the
+    decay.
     """
-    leaf = name.rpartition(".")[2]
-    return not (parameter.ndim < 2 or leaf in SSM_PARAMETERS or leaf.endswith("bias") or name.startswith("embedding."))
+    path = name.split(".")
+    embedding = "embedding" in path or "position_embedding" in path
+    return not (parameter.ndim < 2 or path[-1] in UNDECAYED or path[-1].endswith("bias") or embedding)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW for `model`, in PyTorch's fused form (on the CPU 2 to 6 times as fast as the others)."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if has_weight_decay(name, p)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in trained if not has_weight_decay(name, p)], "weight_decay": 0.0},
-    ]
+    """AdamW for `model`, in PyTorch's fused form (on the CPU 2 to 6 times as fast as the others).
+
+    A group's learning rate is "lr_ratio" times what `set_learning_rate` is given.
+    """
+    dynamics_ratio = 1.0 if config.lti_learning_rate is None else config.lti_learning_rate / config.learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and ratio
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if has_weight_decay(name, parameter) else 0.0
+            ratio = dynamics_ratio if name.rpartition(".")[2] in LTI_DYNAMICS else 1.0
+            groups.setdefault((decay, ratio), []).append(parameter)
     return AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        [
+            {"params": parameters, "weight_decay": decay, "lr": ratio * config.learning_rate, "lr_ratio": ratio}
+            for (decay, ratio), parameters in groups.items()
+        ],
         betas=config.betas,
         eps=config.epsilon,
         fused=True,
     )
 
 
-def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
-    """Use `learning_rate` for the next update of every group."""
+def set_learning_rate(optimizer: AdamW, learning_rate: float | Tensor) -> None:
+    """Use `learning_rate` for the next update, each group its share of it; a group whose rate is a tensor keeps it."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        rate = group["lr_ratio"] * learning_rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].copy_(rate)
+        else:
+            group["lr"] = rate

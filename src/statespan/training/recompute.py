@@ -8,21 +8,36 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from statespan.layers.mixer import Mixer
+
 
 @contextmanager
-def recomputing(blocks: Iterable[nn.Module], enabled: bool = True) -> Generator[None]:
+def recomputing(blocks: Iterable[nn.Module], enabled: bool = True, projections: float = 0.0) -> Generator[None]:
     """Inside, a forward of `blocks` keeps no activations but its inputs (arXiv 1604.06174); values do not change.
 
     The model's code and the names of its parameters know nothing of it, and afterwards the blocks are as before.
+
+    Args:
+        blocks: of a model.
+        enabled: whether each block as a whole runs again in the backward.
+        projections: share of the blocks, the first ones, whose Mamba mixer computes again what in_proj gave, where norm
+            and mixer run as one op.
     """
-    wrapped = list(blocks) if enabled else []
+    blocks = list(blocks)
+    wrapped = blocks if enabled else []
+    chosen = blocks[: round(projections * len(blocks))]
+    mixers = [mixer for block in chosen if isinstance(mixer := block.mixer, Mixer)]
     for block in wrapped:
         block.forward = partial(_recomputed, block.forward)
+    for mixer in mixers:
+        mixer.keep_projected = False
     try:
         yield
     finally:
         for block in wrapped:
             del block.forward  # the class's own forward shows again
+        for mixer in mixers:
+            del mixer.keep_projected
 
 
 def _recomputed(forward: Callable[..., Any], hidden: Tensor, update: Tensor | None, *others: Any) -> Any:

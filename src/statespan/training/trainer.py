@@ -89,7 +89,7 @@ class Trainer:
         learning_rate = factor * self.config.optimizer.learning_rate
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.config.run.cuda_graph)
+        self.optimizer.zero_grad()
         self._count(parts, position, time.perf_counter() - started)
         return {"learning_rate": learning_rate, "gradient_norm": gradient_norm}, router
 
@@ -142,9 +142,9 @@ class Trainer:
         return part.input_ids.to(device), None if part.segments is None else part.segments.to(device)
 
     def _forward(self, input_ids: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, tuple[RouterMetrics, ...]]:
-        precision, recompute = PRECISIONS[self.config.run.precision], self.config.run.activation_checkpointing
+        run, precision = self.config.run, PRECISIONS[self.config.run.precision]
         autocast = torch.autocast(self.model.device.type, precision, enabled=precision != torch.float32)
-        with autocast, recomputing(self.model.layers, recompute):
+        with autocast, recomputing(self.model.layers, run.activation_checkpointing, run.recompute_projections):
             output = self.model(input_ids, segments=segments, labels=input_ids)
         assert output.loss is not None  # labels were given
         return output.loss, output.aux_loss, output.router

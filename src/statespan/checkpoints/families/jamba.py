@@ -178,6 +178,7 @@ def _refuse_odd(config: ModelConfig) -> None:
 def _refuse_odd_attention(config: ModelConfig) -> None:
     attention = config.attention
     refuse_unless(attention.rope_theta is None, "rotary positions", "jamba")
+    refuse_unless(attention.learned_positions is None, "learnt positions", "jamba")
     refuse_unless(attention.sliding_window is None, "a sliding window", "jamba")
     refuse_unless(attention.conv_kernel is None, "a conv in its attention", "jamba")
     refuse_unless(not attention.qkv_bias and not attention.out_bias, "biases in its attention", "jamba")

@@ -199,6 +199,7 @@ def _write_shared(config: ModelConfig, family: str) -> dict[str, Any]:
     attention = config.attention
     refuse_unless(config.final_norm == "rms", "a final LayerNorm", family)
     refuse_unless(attention.rope_theta is not None, "no rotary positions", family)
+    refuse_unless(attention.learned_positions is None, "learnt positions", family)
     refuse_unless(attention.rotary_dim in (None, config.attention_head_dim), "partial rotary positions", family)
     refuse_unless(not attention.rotary_interleaved, "interleaved rotary positions", family)
     refuse_unless(attention.conv_kernel is None, "a conv in its attention", family)

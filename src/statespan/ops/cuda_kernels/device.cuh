@@ -107,6 +107,9 @@ template <bool WIDE, class T, int V> INLINE void copy_async(Vector<T, V>* to, co
     }
 }
 INLINE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// What was begun since the last end belongs together; waits for all but the COUNT latest of these.
+INLINE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int COUNT> INLINE void wait_for_copies_but() { asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory"); }
 
 // 2^x and 1/x to about one unit in the last place; results below 2^-126 are zero.
 INLINE float exp2_(float x) {

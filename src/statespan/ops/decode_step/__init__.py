@@ -4,10 +4,11 @@ Decoding at batch 1 is bound by reading weights and by what happens around that;
 own cost a call and a wait each. `prepare` looks up once what never changes between tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from statespan.ops.decode_step.weights import (
     FeedForwardWeights,
@@ -19,7 +20,16 @@ from statespan.ops.decode_step.weights import (
 )
 from statespan.ops.dispatch import resolve
 
-__all__ = ["FeedForwardWeights", "HeadWeights", "Mamba1Weights", "Mamba2Weights", "Projection", "Router", "prepare"]
+__all__ = [
+    "FeedForwardWeights",
+    "HeadWeights",
+    "Mamba1Weights",
+    "Mamba2Weights",
+    "Projection",
+    "Router",
+    "prepare",
+    "prepare_stack",
+]
 
 OPS = {
     Mamba1Weights: "mamba1_step",
@@ -67,6 +77,26 @@ def prepare(
             return backend.feed_forward(weights, num_rows, hidden_dtype)
         case HeadWeights():
             return backend.head(weights, num_rows, hidden_dtype)
+
+
+def prepare_stack(
+    weights: Sequence[Mamba1Weights], states: Sequence[tuple[Tensor, Tensor]], hidden_dtype: torch.dtype
+) -> Callable[[Tensor], Tensor] | None:
+    """A token through blocks that stand one after the other, as one call; None where `prepare` must do.
+
+    Args:
+        weights: of the blocks.
+        states: conv_state [b k-1 c] and ssm_state [b c n] of each, which the call overwrites.
+        hidden_dtype: of the residual stream.
+
+    Returns:
+        `step(hidden [b h]) -> hidden`, which is overwritten; for NVIDIA GPUs, as `prepare`.
+    """
+    if resolve("mamba1_step", "auto", weights[0].norm.device, hidden_dtype) != "cuda":
+        return None
+    from statespan.ops.decode_step.stack import mamba1_stack
+
+    return mamba1_stack(weights, states, hidden_dtype)
 
 
 def _module(name: str) -> Any:

@@ -27,6 +27,7 @@ from statespan.ops.decode_step.weights import FeedForwardWeights, HeadWeights, M
 
 MixerCall = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 ROUTE_WARPS = 16
+MOST_READ_AGAIN = 200 << 20  # bytes of experts; beyond, the grouped products, which read each once, are faster
 
 
 def _runs(projections: Sequence[Projection], plain: Sequence[Tensor | None], exact: Sequence[Tensor]) -> bool:
@@ -103,9 +104,19 @@ def feed_forward(w: FeedForwardWeights, rows: int, hidden_dtype: torch.dtype) ->
     """The prepared step, see `statespan.ops.decode_step.prepare`."""
     few = _runs([w.up_proj, w.down_proj], [w.norm], []) and rows <= FEW_ROWS
     top_k = 0 if w.router is None else w.router.top_k
+    few = few and _read_again(w, rows) <= MOST_READ_AGAIN
     if few and _few(rows, w.up_proj) and _few(top_k or rows, w.down_proj):
         return _experts(w, rows, hidden_dtype) if top_k else _dense(w, rows, hidden_dtype)
     return None if top_k else many.feed_forward(w, rows, hidden_dtype)
+
+
+def _read_again(w: FeedForwardWeights, rows: int) -> float:
+    """Bytes of experts that several rows choose, at random choices: each row reads its own experts."""
+    if w.router is None:
+        return 0.0
+    count, top_k = w.router.weight.shape[0], w.router.top_k
+    different = count * (1 - (1 - top_k / count) ** rows)
+    return (rows * top_k - different) * (w.up_proj.weight[0].nbytes + w.down_proj.weight[0].nbytes)
 
 
 def _dense(w: FeedForwardWeights, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -30,12 +30,17 @@ class Launch:
         macros: Mapping[str, str | int],
         shared_bytes: int = 0,
         cluster: int = 1,  # blocks that work together; `grid` counts such groups
+        cooperative: bool = False,  # all blocks are on the device at once; such a kernel does not begin early
+        own_instructions: bool = False,  # it uses what only this generation of GPUs has
     ) -> None:
         capability = torch.cuda.get_device_capability(device)
         self._device = device
-        self._kernel = _load(name, device.index, "sm_{}{}".format(*capability), tuple(sorted(macros.items())))
+        arch = "sm_{}{}".format(*capability) + ("a" if own_instructions else "")
+        self._kernel = _load(name, device.index, arch, tuple(sorted(macros.items())))
         self._options: dict[str, Any] = {"grid": (*grid, 1), "block": threads, "shmem_size": shared_bytes}
-        if capability >= (9, 0) and _has_early_launches():
+        if cooperative:
+            self._options["is_cooperative"] = True
+        elif capability >= (9, 0) and _has_early_launches():
             self._options["programmatic_stream_serialization"] = True
         if cluster > 1:
             self._options["cluster"] = (cluster, 1, 1)

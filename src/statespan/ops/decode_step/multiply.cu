@@ -60,13 +60,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply(
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) {
         fetch_weights(step);
-        end_of_group();
+        end_of_copies();
     }
     wait_for_previous();
     if constexpr (RESIDENT) {
 #pragma unroll
         for (int step = 0; step < STAGES - 1; step++) fetch_x(step);
-        end_of_group();
+        end_of_copies();
     } else {  // x of these steps must not queue up behind their weights
         uint4 early_x[STAGES - 1][X_COPIES];
 #pragma unroll
@@ -90,13 +90,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply(
     const int part_row = lane / 4, part_eighth = lane % 4;
     for (int step = 0; step < steps; step++) {
         if (!RESIDENT || step == 0) {
-            wait_for_groups < RESIDENT ? 0 : STAGES - 2 > ();
+            wait_for_copies_but < RESIDENT ? 0 : STAGES - 2 > ();
             __syncthreads();
         }
         if (!RESIDENT) {
             fetch_weights(step + STAGES - 1);
             fetch_x(step + STAGES - 1);
-            end_of_group();
+            end_of_copies();
         }
         const u32 of_w = stages + step % STAGES * STAGE + n_warp * N_TILES * 8 * LINE;
         const u32 of_x = stages + step % STAGES * STAGE + (TILE + m_warp * M_TILES * 16) * LINE;
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply(
             }
         }
     }
-    wait_for_groups<0>();
+    wait_for_copies_but<0>();
     __syncthreads();
 
     float* parts = reinterpret_cast<float*>(memory);  // [ROWS][PITCH]

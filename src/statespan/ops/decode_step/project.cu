@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) project(
             to_fetch++;
             if (++fetch_step == STEPS) fetch_step = 0, fetch_first += stride;
         }
-        end_of_group();
+        end_of_copies();
     };
 
     base[0] = weight;
@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) project(
         float sums[COUNT] = {};
 #pragma unroll 2
         for (int step = 0; step < STEPS; step++, item++) {
-            wait_for_groups<DEPTH - 2>();
+            wait_for_copies_but<DEPTH - 2>();
             int chunk = step * SPLIT + part;
             if (chunk < CHUNKS * SUMMED) {
                 float w[J][V];

@@ -4,7 +4,8 @@
 // channel's 16 states, of every row, and so loads them all, before it waits for the kernel before it.
 //
 // Macros: W type of dt_proj, x, z and y, P of the inner norms; RANK, BATCH; NORMS: RMSNorm of dt, B and C, with EPSILON;
-// DISCRETIZATION: 0 mamba, 1 zoh, 2 bilinear; AHEAD: blocks that run at once.
+// DISCRETIZATION: 0 mamba, 1 zoh, 2 bilinear; AHEAD: blocks that run at once; TILE_ROWS: y lies in tiles of so many rows for
+// large.cu, 0: it does not.
 
 #include "step.cuh"
 #include "matrix.cuh"
@@ -34,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
         bool there = eighth * 8 < RANK;
         copy16(weights + row * PITCH + eighth * 16, there ? dt_proj + i64(first + row) * RANK + eighth * 8 : dt_proj, there);
     }
-    end_of_group();
+    end_of_copies();
     float4* place = reinterpret_cast<float4*>(state) + (first_row * channels + channel) * LANES + part;
     uint4 h[ROWS];
 #pragma unroll
@@ -94,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
         tokens[warp].values[own][2 * part] = low(W{}, token), tokens[warp].values[own][2 * part + 1] = high(W{}, token);
         gates[warp].values[own][2 * part] = silu(low(W{}, gate)), gates[warp].values[own][2 * part + 1] = silu(high(W{}, gate));
     }
-    wait_for_groups<0>();
+    wait_for_copies_but<0>();
     __syncthreads();
     {
         float sums[1][4] = {};  // of 16 rows, 8 of which are none
@@ -137,6 +138,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
     for (int i = 0; i < 2; i++) {
         const int r = 2 * part + i;
         float sum = fmaf(skip, tokens[warp].values[r][own], out[i]) * gates[warp].values[r][own];
-        if (first_row + r < BATCH) put(y + (first_row + r) * y_stride + channel, sum);
+        W* to = y + (first_row + r) * y_stride + channel;
+        if constexpr (TILE_ROWS > 0) {
+            const i64 tile = first_row / TILE_ROWS * gridDim.x + blockIdx.x;
+            to = y + tile * (TILE_ROWS * CHANNELS) + (first_row % TILE_ROWS + r) * CHANNELS + (warp ^ r) * 8 + own;
+        }
+        if (first_row + r < BATCH) put(to, sum);
     }
 }

@@ -18,8 +18,6 @@ INLINE void wait_for_previous() {
 INLINE void copy16(u32 to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
-INLINE void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> INLINE void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 INLINE uint4 load_shared(u32 place) {
     uint4 x;

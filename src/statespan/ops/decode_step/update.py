@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from statespan.ops.arguments import DISCRETIZATIONS
+from statespan.ops.decode_step.large import tile_rows
 from statespan.ops.decode_step.launch import Launch
 from statespan.ops.decode_step.project import TYPES, Convolved, Normed
 from statespan.ops.decode_step.weights import Mamba1Weights, Mamba2Weights, Projection
@@ -118,7 +119,8 @@ class Normalize:
 class Recur:
     """From x_proj's outputs to y, see recur.cu."""
 
-    def __init__(self, w: Mamba1Weights, rows: int) -> None:
+    def __init__(self, w: Mamba1Weights, rows: int, *, tiled: bool = False) -> None:
+        """`tiled`: y lies in `large.tiles`."""
         self._w, self._norms = w, w.inner_norms or (None, None, None)
         channels, rank = w.dt_proj.weight.shape
         parts = -(-rank // 32)
@@ -127,6 +129,7 @@ class Recur:
             **{"W": TYPES[w.dt_proj.weight.dtype], "P": TYPES[w.norm.dtype], "RANK": rank, "BATCH": rows},
             **{"NORMS": int(bool(w.inner_norms)), "EPSILON": f"{w.inner_norm_epsilon:.9e}f"},
             **{"DISCRETIZATION": DISCRETIZATIONS[w.discretization], "AHEAD": 3 * multiprocessors(w.norm.device)},
+            "TILE_ROWS": tile_rows(rows) if tiled else 0,
         }
         grid = (channels // RECUR_CHANNELS, -(-rows // RECUR_ROWS))
         shared = (RECUR_CHANNELS + RECUR_ROWS) * pitch

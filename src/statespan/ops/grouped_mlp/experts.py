@@ -6,6 +6,8 @@ from torch import Tensor
 
 from statespan.ops.linear import linear
 
+WIDENED = 512  # rows an expert from which int8 weights are widened beforehand: in each tile that halves the rate
+
 
 @dataclass(frozen=True)
 class Experts:

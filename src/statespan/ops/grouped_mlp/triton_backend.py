@@ -10,8 +10,9 @@ from torch import Tensor
 from statespan.ops.activation import GATED
 from statespan.ops.gpu import multiprocessors, shared_memory
 from statespan.ops.grouped_mlp import triton_kernels as kernels
+from statespan.ops.grouped_mlp import triton_many as many
 from statespan.ops.grouped_mlp.experts import Experts
-from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, sort
+from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, fill_unserved, gather, sort
 from statespan.ops.layout import contiguous
 from statespan.ops.triton_kernels import on, power_of_two
 
@@ -63,17 +64,51 @@ def forward(
         places = None if choices <= FEW and not keep else sort(expert_index, num_experts)
         kept = x.new_empty(choices if keep else 0, experts.up_proj.shape[1])
         inner = x.new_empty(choices, inner_size)
+        each = choices // num_experts
+        if places is not None and many.serves(x, (experts.up_proj, experts.down_proj), choices):
+            _many_rows(x, expert_index, expert_weight, experts, activation, places, inner, kept if keep else None, y)
+            return y, kept
         products(
-            x, experts.up_proj, experts.up_bias, experts.up_scale, expert_index, places, inner, activation,
-            kept=kept if keep else None, share=expert_index.shape[1], gather=True,
+            x, many.widened(experts.up_proj, x, each), experts.up_bias, experts.up_scale, expert_index, places, inner,
+            activation, kept=kept if keep else None, share=expert_index.shape[1], gather=True,
         )  # fmt: skip
         splits = _splits(choices, experts.down_proj) if places is None else 1
         rows = x.new_empty(splits, choices, hidden_size, dtype=torch.float32 if splits > 1 else x.dtype)
         products(
-            inner, experts.down_proj, experts.down_bias, experts.down_scale, expert_index, places, rows, scatter=True
-        )
-        combine(rows, None, expert_index, expert_weight, num_experts, y)
+            inner, many.widened(experts.down_proj, x, each), experts.down_bias, experts.down_scale, expert_index,
+            places, rows, scatter=True,
+        )  # fmt: skip
+        combine(rows, expert_index, expert_weight, num_experts, y)
     return y, kept
+
+
+def _many_rows(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    experts: Experts,
+    activation: str,
+    places: Sorted,
+    inner: Tensor,
+    kept: Tensor | None,
+    y: Tensor,
+) -> None:
+    """`forward` where tiles come by descriptors."""
+    choices, top_k, (num_experts, hidden_size, _) = len(inner), expert_index.shape[1], experts.down_proj.shape
+    tiles, each = many.schedule(places, choices, experts.up_proj.shape[1], hidden_size), choices // num_experts
+    many.products(
+        gather(x, places, top_k), many.widened(experts.up_proj, x, each), experts.up_scale, experts.up_bias, tiles, 0,
+        inner, activation, kept=kept,
+    )  # fmt: skip
+    rows = y if top_k == 1 else x.new_empty(choices, hidden_size)
+    many.products(
+        inner, many.widened(experts.down_proj, x, each), experts.down_scale, experts.down_bias, tiles, 1, rows,
+        order=places.order, factors=expert_weight if top_k == 1 else None,
+    )  # fmt: skip
+    if top_k == 1:
+        fill_unserved(expert_index, num_experts, y)
+    else:
+        combine(rows, expert_index, expert_weight, num_experts, y)
 
 
 def _stream(weight: Tensor) -> Tile:
@@ -154,10 +189,11 @@ def products(
         SCATTER=scatter,
         EXPERTS=power_of_two(num_experts),
         GROUP=GROUP,
+        ALIGN=1 if places is None else places.align,
         OUTPUTS=block,
         ROWS=tile.rows,
         INPUTS=tile.inputs,
-        WIDE=tile.rows >= 64 and scale is None,
+        WIDE=tile.rows >= 64 and weight.dtype == x.dtype,
         EVEN=inputs % tile.inputs == 0,
         STAGES=tile.stages,
         num_warps=tile.warps,

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from statespan.ops.activation import GATED
 from statespan.ops.grouped_mlp import triton_backward_kernels as kernels
+from statespan.ops.grouped_mlp import triton_many as many
 from statespan.ops.grouped_mlp.experts import Experts
 from statespan.ops.grouped_mlp.triton_backend import GROUP, product_tile, products
 from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, gather, sort
 from statespan.ops.layout import contiguous
 from statespan.ops.triton_kernels import on, power_of_two
+
+ALIGN = 64  # rows of a step of the sums over rows at the most: an expert's places begin at a multiple
 
 
 def backward(
@@ -32,22 +35,32 @@ def backward(
     if expert_index.numel() == 0 or x.numel() == 0:
         return tuple(None if value is None else value.zero_() for value in found)
     x, grad_y, expert_index = aligned(x), aligned(grad_y), expert_index.contiguous()
-    top_k = expert_index.shape[1]
+    top_k, (num_experts, hidden_size, inner_size) = expert_index.shape[1], down_proj.shape
     with on(x.device):
-        places = sort(expert_index, down_proj.shape[0])
+        places = sort(expert_index, num_experts, ALIGN)
         rows, grad_rows = (gather(value, places, top_k) for value in (x, grad_y))
-        grad_hidden = x.new_empty(expert_index.numel(), down_proj.shape[2])
-        products(grad_rows, down_proj.mT, None, None, expert_index, places, grad_hidden)
-        grad_inner, hidden = torch.empty_like(kept), torch.empty_like(grad_hidden)
+        grad_hidden = x.new_empty(len(rows), inner_size)
+        grad_inner, hidden = x.new_empty(len(rows), kept.shape[1]), torch.empty_like(grad_hidden)
+        described = many.serves(x, (up_proj, down_proj), expert_index.numel())
+        tiles = many.schedule(places, expert_index.numel(), inner_size, hidden_size) if described else None
+        if tiles is not None:
+            many.products(grad_rows, down_proj.mT, None, None, tiles, 0, grad_hidden)
+        else:
+            products(grad_rows, down_proj.mT, None, None, expert_index, places, grad_hidden)
         _through_activation(
             grad_hidden, kept, grad_rows, experts.down_bias, expert_index, expert_weight, places, activation,
             grad_inner, hidden, grad_weight,
         )  # fmt: skip
         del grad_hidden
-        _weight_gradients(grad_rows, hidden, places, grad_down)
-        _weight_gradients(grad_inner, rows, places, grad_up)
-        products(grad_inner, up_proj.mT, None, None, expert_index, places, rows, scatter=True)
-        combine(rows, None, expert_index, None, down_proj.shape[0], grad_x)
+        sums = _weight_gradients if tiles is None else many.weight_gradients
+        sums(grad_rows, hidden, places, grad_down)
+        sums(grad_inner, rows, places, grad_up)
+        rows = rows[: expert_index.numel()]  # of the choices from now on
+        if tiles is not None:
+            many.products(grad_inner, up_proj.mT, None, None, tiles, 1, rows, order=places.order)
+        else:
+            products(grad_inner, up_proj.mT, None, None, expert_index, places, rows, scatter=True)
+        combine(rows, expert_index, None, num_experts, grad_x)
         if biases[0] is not None:
             _bias_gradients(grad_inner, None, places, top_k, biases[0])
         if biases[1] is not None:
@@ -78,6 +91,7 @@ def _through_activation(
         expert_weight,
         places.order,
         places.ends,
+        places.shifts,
         grad_inner,
         hidden,
         grad_weight,
@@ -89,6 +103,7 @@ def _through_activation(
         ACTIVATION=activation,
         GATED=activation in GATED,
         BLOCK=min(1024, power_of_two(inner_size)),
+        ALIGN=places.align,
         num_warps=4,
     )
 
@@ -109,6 +124,7 @@ def _weight_gradients(left: Tensor, right: Tensor, places: Sorted, y: Tensor) ->
         ROWS=tile.inputs,
         GROUP=GROUP,
         STAGES=tile.stages,
+        ALIGN=places.align,
         num_warps=tile.warps,
     )
 
@@ -127,5 +143,6 @@ def _bias_gradients(rows: Tensor, expert_weight: Tensor | None, places: Sorted, 
         *((0, 0) if expert_weight is None else expert_weight.stride()),
         ROWS=32,
         COLUMNS=block,
+        ALIGN=places.align,
         num_warps=4,
     )

@@ -43,6 +43,7 @@ def activation_gradients(
     expert_weight,
     order,
     ends,
+    shifts,
     grad_inner,
     hidden,
     grad_weight,
@@ -55,17 +56,31 @@ def activation_gradients(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    """One place: grad_inner [.. f] (gated: 2f) and the activated row, both times the choice's weight; its gradient."""
+    """One place: grad_inner [.. f] (gated: 2f) and the activated row, both times the choice's weight; its gradient.
+
+    Zeros between experts. kept has no such gaps.
+    """
+    WIDTH: tl.constexpr = 2 if GATED else 1
     place = tl.program_id(0).to(tl.int64)
-    if place >= tl.load(ends + num_experts - 1):
+    if place >= tl.cdiv(tl.load(ends + num_experts - 1), ALIGN) * ALIGN:
         return
     choice = tl.load(order + place).to(tl.int64)
+    grad_row = grad_inner + place * inner_size * WIDTH
+    if choice < 0:
+        for start in range(0, inner_size, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            tl.store(hidden + place * inner_size + column, 0.0, column < inner_size)
+        for start in range(0, inner_size * WIDTH, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            tl.store(grad_row + column, 0.0, column < inner_size * WIDTH)
+        return
+    expert = tl.load(expert_index + choice)
     token = choice // top_k
     weight = tl.load(expert_weight + token * weight_stride + choice % top_k * choice_stride).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    row = kept + place * inner_size * (2 if GATED else 1)
-    grad_row = grad_inner + place * inner_size * (2 if GATED else 1)
+    row = kept + (place - tl.load(shifts + expert)) * inner_size * WIDTH
     for start in range(0, inner_size, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < inner_size
@@ -80,7 +95,7 @@ def activation_gradients(
         tl.store(hidden + place * inner_size + column, value * weight, mask)
         total += grad * value
     if down_bias is not None:
-        bias = down_bias + tl.load(expert_index + choice) * hidden_size
+        bias = down_bias + expert * hidden_size
         for start in range(0, hidden_size, BLOCK):
             column = start + tl.arange(0, BLOCK)
             mask = column < hidden_size
@@ -102,8 +117,9 @@ def weight_gradients(
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    """y_e [left right] = sum over the expert's places of left^T right."""
+    """y_e [left right] = sum over the expert's places of left^T right; ROWS divides ALIGN."""
     expert = tl.program_id(1).to(tl.int64)
     left_blocks = tl.cdiv(left_size, LEFT)
     right_blocks = tl.cdiv(right_size, RIGHT)
@@ -114,16 +130,14 @@ def weight_gradients(
     left_column = (first + tile % size) * LEFT + tl.arange(0, LEFT)
     right_column = tile // size * RIGHT + tl.arange(0, RIGHT)
     left_mask, right_mask = (left_column < left_size)[None], (right_column < right_size)[None]
-    begin = tl.load(ends + expert - 1, expert > 0, 0)
-    end = tl.load(ends + expert)
+    begin = tl.cdiv(tl.load(ends + expert - 1, expert > 0, 0), ALIGN) * ALIGN
     place = tl.arange(0, ROWS)
     left_tile = left + ((begin + place).to(tl.int64) * left_size)[:, None] + left_column[None]
     right_tile = right + ((begin + place).to(tl.int64) * right_size)[:, None] + right_column[None]
     acc = tl.zeros([LEFT, RIGHT], tl.float32)
-    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
-        here = (start + place < end)[:, None]
-        a = tl.load(left_tile, here & left_mask, 0.0)
-        b = tl.load(right_tile, here & right_mask, 0.0)
+    for _ in tl.range(begin, tl.load(ends + expert), ROWS, num_stages=STAGES):
+        a = tl.load(left_tile, left_mask, 0.0)
+        b = tl.load(right_tile, right_mask, 0.0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
         left_tile += ROWS * left_size
         right_tile += ROWS * right_size
@@ -144,11 +158,12 @@ def bias_gradients(
     choice_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """y_e [columns] = sum of the expert's rows, times the choices' weights where there are some."""
     expert = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    begin = tl.load(ends + expert - 1, expert > 0, 0)
+    begin = tl.cdiv(tl.load(ends + expert - 1, expert > 0, 0), ALIGN) * ALIGN
     end = tl.load(ends + expert)
     total = tl.zeros([COLUMNS], tl.float32)
     for start in range(begin, end, ROWS):

@@ -38,6 +38,13 @@ def activate(inner, up, ACTIVATION: tl.constexpr):
         return inner
 
 
+@triton.jit
+def widen(source, target, count, BLOCK: tl.constexpr):
+    """Values in the dtype of the target."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + place, tl.load(source + place, place < count).to(target.dtype.element_ty), place < count)
+
+
 # Counts are not specialised: each of 1, multiples of 16 and others would be compiled for itself.
 @triton.jit(do_not_specialize=["choices", "source_share", "splits"])
 def products(
@@ -67,6 +74,7 @@ def products(
     SCATTER: tl.constexpr,
     EXPERTS: tl.constexpr,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -92,7 +100,7 @@ def products(
         nothing = (first != slot if BY_CHOICE else first == ROWS) | (expert < 0) | (expert >= num_experts)
         source, target = choice // source_share, choice
     else:
-        expert, start, stop, block = sorted_tile(ends, num_experts, output_blocks, EXPERTS, ROWS, GROUP)
+        expert, start, stop, block = sorted_tile(ends, num_experts, output_blocks, EXPERTS, ROWS, GROUP, ALIGN)
         nothing = expert >= num_experts
         place = start + tl.arange(0, ROWS)
         here = place < stop

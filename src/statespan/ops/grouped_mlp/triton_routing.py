@@ -10,7 +10,7 @@ from torch import Tensor
 from statespan.ops.grouped_mlp import triton_routing_kernels as kernels
 from statespan.ops.triton_kernels import power_of_two
 
-SORT_VALUES = 1 << 14  # of a block's one-hot matrix [choices experts]
+SORT_VALUES = 1 << 13  # of a block's one-hot matrix [choices experts]
 SORT_PROGRAMS = 128
 
 
@@ -19,41 +19,45 @@ class Sorted:
     """Choices sorted by expert, on the device.
 
     Attributes:
-        order: [t k], int32. The choice at each place; undefined behind the last expert's end.
-        place: [t k], int32. The place of each choice, -1 where no expert serves it.
+        order: [places], int32. The choice at each place, -1 between experts; undefined behind the last one's.
         ends: [e], int32. Where each expert's places end.
+        align: where they begin: at its multiples.
+        shifts: [e], int32. How much further back an expert's places lie than with align = 1.
     """
 
     order: Tensor
-    place: Tensor
     ends: Tensor
+    align: int
+    shifts: Tensor
 
 
-def sort(expert_index: Tensor, num_experts: int) -> Sorted:
+def sort(expert_index: Tensor, num_experts: int, align: int = 1) -> Sorted:
     """Stable: the choices of an expert stay in order."""
     choices, bins = expert_index.numel(), power_of_two(num_experts)
     block = max(16, min(256, SORT_VALUES // bins))
     blocks = -(-choices // block)
     blocks_each = -(-blocks // SORT_PROGRAMS)
     programs = -(-blocks // blocks_each)
-    order, place = (torch.empty(choices, dtype=torch.int32, device=expert_index.device) for _ in range(2))
-    counts, ends = order.new_empty(programs, bins), order.new_empty(num_experts)
+    places = choices + min(choices, num_experts) * (align - 1)
+    order = torch.empty(places, dtype=torch.int32, device=expert_index.device)
+    counts, (ends, shifts) = order.new_empty(programs, bins), order.new_empty(2, num_experts)
     kernels.count[(programs,)](expert_index, counts, choices, blocks_each, EXPERTS=bins, BLOCK=block, num_warps=8)
     kernels.sort[(programs,)](
         expert_index,
         counts,
         order,
-        place,
         ends,
+        shifts,
         choices,
         num_experts,
         blocks_each,
         programs,
         EXPERTS=bins,
         BLOCK=block,
+        ALIGN=align,
         num_warps=8,
     )
-    return Sorted(order, place, ends)
+    return Sorted(order, ends, align, shifts)
 
 
 def gather(x: Tensor, places: Sorted, top_k: int) -> Tensor:
@@ -69,6 +73,7 @@ def gather(x: Tensor, places: Sorted, top_k: int) -> Tensor:
         top_k,
         x.stride(0),
         BLOCK=min(1024, power_of_two(x.shape[1])),
+        ALIGN=places.align,
         num_warps=4,
     )
     return rows
@@ -81,15 +86,12 @@ def aligned(rows: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
-def combine(
-    rows: Tensor, place: Tensor | None, expert_index: Tensor, weight: Tensor | None, num_experts: int, y: Tensor
-) -> None:
-    """The weighted sum [t h] of the choices' rows [.. t k h], at `place` where they are sorted."""
+def combine(rows: Tensor, expert_index: Tensor, weight: Tensor | None, num_experts: int, y: Tensor) -> None:
+    """The weighted sum [t h] of the choices' rows [.. t k h]."""
     tokens, hidden_size = y.shape
     block = min(1024, power_of_two(hidden_size))
     kernels.combine[(tokens, -(-hidden_size // block))](
         rows,
-        place,
         expert_index,
         weight,
         y,
@@ -102,3 +104,12 @@ def combine(
         BLOCK=block,
         num_warps=max(1, block // 256),
     )
+
+
+def fill_unserved(expert_index: Tensor, num_experts: int, y: Tensor) -> None:
+    """The tokens of y [t h] that no expert serves, of one choice each [t 1]: zeros, or NaN for an unknown expert."""
+    tokens, hidden_size = y.shape
+    kernels.fill_unserved[(-(-tokens // 64),)](
+        expert_index, y, tokens, num_experts, hidden_size,
+        TOKENS=64, BLOCK=min(64, power_of_two(hidden_size)), num_warps=4,
+    )  # fmt: skip

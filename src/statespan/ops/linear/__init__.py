@@ -9,7 +9,7 @@ from statespan.ops.arguments import check_devices, check_dim, check_shape, needs
 from statespan.ops.custom_op import define
 from statespan.ops.dispatch import resolve
 
-__all__ = ["linear", "quantize_rows"]
+__all__ = ["add_product", "linear", "quantize_rows"]
 
 FEW_ROWS = 8  # up to here the cpu kernel reads the weights once, at memory speed; matrix units win beyond
 WIDENED_ELEMENTS = 1 << 24  # int8 weights are widened at most this many at once
@@ -78,6 +78,18 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = wide.abs().amax(1) / 127
     steps = wide / torch.where(scale > 0, scale, 1.0)[:, None]
     return steps.round().clamp(-127, 127).to(torch.int8), scale
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [t o] += left [t i] @ right [i o] in place, the sum in total's dtype; there are no gradients."""
+    if left.dtype != right.dtype:  # under autocast
+        right = right.to(left.dtype)
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda and torch.version.hip is None:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left @ right)
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from statespan.ops.linear import add_product
 from statespan.ops.linear_cross_entropy.chunked import chunks
 
 COLUMNS = 8  # cuBLAS has its fast products for multiples of 8 columns only: 4 times as fast at 50,277 of them
@@ -80,25 +81,19 @@ def losses_and_gradients(
             if need_weight and len(parts) == 1:
                 torch.mm(logits.T, inputs, out=grad_head)
             elif need_weight:
-                _add_product(grad_head, logits.T, inputs)
+                add_product(grad_head, logits.T, inputs)
 
     over_chunks()
     return losses, grad_hidden, grad_weight[: weight.shape[0]].to(weight.dtype)
 
 
 def _head(weight: Tensor, valid_vocab_size: int) -> Tensor:
-    """The rows of weight that count, on a GPU with zero rows up to a multiple of COLUMNS."""
+    """The rows of weight that count, on a GPU with others up to a multiple of COLUMNS."""
     rows = -(-valid_vocab_size // COLUMNS) * COLUMNS
     if not weight.is_cuda or rows == valid_vocab_size:
         return weight[:valid_vocab_size]
+    if weight.shape[0] >= rows:  # padding of the vocabulary serves: its logits do not count, whatever they are
+        return weight[:rows]
     head = weight.new_zeros(rows, weight.shape[1])
     head[:valid_vocab_size] = weight[:valid_vocab_size]
     return head
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, the sum in total's float32."""
-    if total.is_cuda and torch.version.hip is None:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(left @ right)

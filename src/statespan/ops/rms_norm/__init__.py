@@ -140,6 +140,39 @@ def _backward(
     return (grad_x if grad_total is None else grad_x + grad_total), grad_weight
 
 
+def _add_backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the residual in total's dtype, of x in `dtype` (the same values), and of weight."""
+    kernels = _kernels(backend, total, weight, dtype=grad_y.dtype, width=total.shape[-1])
+    if kernels is None or not total.is_cuda:
+        grad, grad_weight = _backward(grad_y, grad_total, total, weight, eps, backend)
+        return grad, grad.to(dtype, copy=True), grad_weight
+    rounded = _new(total, dtype)
+    grad, grad_weight = kernels.rms_norm_backward(grad_y, grad_total, total, weight, eps, rounded)
+    return grad, rounded, grad_weight
+
+
+def backward_in_block(
+    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """As `_add_backward` (None: no second gradient), and before weight's gradient y in grad_y's dtype; not an op."""
+    kernels = _kernels("auto", total, weight, dtype=grad_y.dtype, width=total.shape[-1])
+    if kernels is None or not total.is_cuda:
+        grad, grad_weight = _backward(grad_y, grad_total, total, weight, eps, "auto")
+        y = _forward(total, weight, eps, grad_y.dtype, "auto")
+        return grad, None if dtype is None else grad.to(dtype), y, grad_weight
+    rounded, y = None if dtype is None else _new(total, dtype), _new(total, grad_y.dtype)
+    grad, grad_weight = kernels.rms_norm_backward(grad_y, grad_total, total, weight, eps, rounded, y)
+    return grad, rounded, y, grad_weight
+
+
 def _gated_forward(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool, backend: str
 ) -> Tensor:
@@ -167,6 +200,29 @@ def _gated_backward(
     )
 
 
+def gated_backward_in_block(
+    grad_y: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    into_z: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gated norm's output once more, and the gradients of x and weight; that of z is written to `into_z`."""
+    options = (eps, group_size, norm_before_gate)
+    kernels = _kernels("auto", x, z, weight, op="gated_rms_norm", width=group_size)
+    if kernels is None or not x.is_cuda:
+        y = _gated_forward(x, z, weight, *options, "auto")
+        grad_x, grad_z, grad_weight = _gated_backward(grad_y, x, z, weight, *options, "auto")
+        into_z.copy_(grad_z)
+        return y, grad_x, grad_weight
+    y = _new(x)
+    grad_x, _, grad_weight = kernels.gated_rms_norm_backward(grad_y, x, z, weight, *options, into_z, y)
+    return y, grad_x, grad_weight
+
+
 def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(like.shape, dtype=dtype or like.dtype)
 
@@ -187,8 +243,12 @@ def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _add_autograd(ctx: Any, grad_y: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-    grad, grad_weight = _rms_norm_backward(grad_y, grad_total, *ctx.saved_tensors, ctx.eps, ctx.backend)
-    return grad.to(ctx.dtype), grad, grad_weight, None, None, None
+    if ctx.dtype == grad_total.dtype:  # one tensor serves both
+        grad, grad_weight = _rms_norm_backward(grad_y, grad_total, *ctx.saved_tensors, ctx.eps, ctx.backend)
+        return grad, grad, grad_weight, None, None, None
+    found = _add_rms_norm_backward(grad_y, grad_total, *ctx.saved_tensors, ctx.eps, ctx.dtype, ctx.backend)
+    grad, rounded, grad_weight = found
+    return rounded, grad, grad_weight, None, None, None
 
 
 def _gated_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -220,6 +280,12 @@ _rms_norm_backward = define(
     " -> (Tensor, Tensor)",
     _backward,
     lambda grad_y, grad_total, x, weight, eps, backend: (_new(x), _new(weight)),
+)
+_add_rms_norm_backward = define(
+    "add_rms_norm_backward(Tensor grad_y, Tensor grad_total, Tensor total, Tensor weight, float eps, ScalarType dtype,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    _add_backward,
+    lambda grad_y, grad_total, total, weight, eps, dtype, backend: (_new(total), _new(total, dtype), _new(weight)),
 )
 _gated_rms_norm = define(
     "gated_rms_norm(Tensor x, Tensor z, Tensor weight, float eps, int group_size, bool norm_before_gate, str backend)"

@@ -79,9 +79,18 @@ def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, to
 
 
 def rms_norm_backward(
-    grad_y: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, eps: float
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    rounded: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, with grad_total added, and weight."""
+    """Gradients of x, with grad_total added, and weight.
+
+    Where they are given, tensors like x: `rounded` gets that of x once more in its own dtype, and y what rms_norm gave.
+    """
     grad_x = x.new_empty(x.shape)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight)
@@ -99,6 +108,8 @@ def rms_norm_backward(
             x,
             weight.contiguous(),
             grad_x,
+            rounded,
+            y,
             grad_weight,
             num_rows,
             channels,
@@ -144,10 +155,21 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size:
 
 
 def gated_rms_norm_backward(
-    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
+    grad_y: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    into_z: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, z and weight."""
-    grad_x, grad_z = x.new_empty(x.shape), z.new_empty(z.shape)
+    """Gradients of x, z (in `into_z`, where it is given; its rows may be strided) and weight.
+
+    Where it is given, y, like x, gets what gated_rms_norm gave.
+    """
+    grad_x, grad_z = x.new_empty(x.shape), z.new_empty(z.shape) if into_z is None else into_z
     if x.numel() == 0:
         return grad_x, grad_z, torch.zeros_like(weight)
     x, z, grad_y = rows(x), rows(z), rows(grad_y)
@@ -164,6 +186,7 @@ def gated_rms_norm_backward(
             weight.contiguous(),
             grad_x,
             grad_z,
+            y,
             grad_weight,
             num_rows,
             groups,
@@ -172,6 +195,7 @@ def gated_rms_norm_backward(
             grad_y.stride(0),
             x.stride(0),
             z.stride(0),
+            rows(grad_z).stride(0),
             eps,
             NORM_BEFORE_GATE=norm_before_gate,
             CHUNK=chunk,

@@ -72,6 +72,8 @@ def backward(
     x,
     weight,
     grad_x,
+    rounded,
+    y,
     grad_weight,
     num_rows,
     channels,
@@ -84,7 +86,10 @@ def backward(
     CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """grad_x, to which grad_total is added, and each program's part of grad_weight, in float32."""
+    """grad_x, to which grad_total is added, and each program's part of grad_weight, in float32.
+
+    Where they are given, `rounded` is grad_x once more in its own dtype, and y what the forward gave.
+    """
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     count = tl.minimum(rows_per_program, num_rows - first)
     scales = _load_chunks(weight, channels, CHUNK, CHUNKS)
@@ -115,6 +120,13 @@ def backward(
                 added = added + (found[i] + totals[i].to(tl.float32),)
             found = added
         _store_chunks(grad_x + row * channels, found, channels, CHUNK)
+        if rounded is not None:
+            _store_chunks(rounded + row * channels, found, channels, CHUNK)
+        if y is not None:
+            normal = ()
+            for i in tl.static_range(CHUNKS):
+                normal = normal + (values[i].to(tl.float32) * inverse * scales[i].to(tl.float32),)
+            _store_chunks(y + row * channels, normal, channels, CHUNK)
     _store_chunks(grad_weight + tl.program_id(0).to(tl.int64) * channels, sums, channels, CHUNK)
 
 
@@ -160,6 +172,7 @@ def gated_backward(
     weight,
     grad_x,
     grad_z,
+    y,
     grad_weight,
     num_rows,
     num_groups,
@@ -168,6 +181,7 @@ def gated_backward(
     grad_y_stride,
     x_stride,
     z_stride,
+    grad_z_stride,
     eps,
     NORM_BEFORE_GATE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -176,6 +190,7 @@ def gated_backward(
 ):
     """Gradients of x and z, and each program's part of weight's; a program has one group of some rows.
 
+    Where y is given, it becomes what the forward gave.
     With h what is normalised, scale the weight and gate silu(z): y = h inverse scale, h = x gate; or, where the norm is
     before the gate, y = h inverse scale gate, h = x.
     """
@@ -205,12 +220,14 @@ def gated_backward(
         pull = tl.sum(along, 0) * inverse * inverse / group_size
         found = ()
         found_z = ()
+        normals = ()
         sums_after = ()
         for i in tl.static_range(CHUNKS):
             before, value, grad = gates[i].to(tl.float32), values[i].to(tl.float32), grads[i].to(tl.float32)
             opening = sigmoid(before)
             gate, slope = before * opening, silu_slope(before, opening)
             sums_after = sums_after + (sums[i] + grad * value * gate * inverse,)
+            normals = normals + (value * gate * inverse * scales[i].to(tl.float32),)
             grad *= scales[i].to(tl.float32)
             if NORM_BEFORE_GATE:
                 found = found + ((grad * gate - value * pull) * inverse,)
@@ -221,5 +238,7 @@ def gated_backward(
                 found_z = found_z + (grad_normal * value * slope,)
         sums = sums_after
         _store_chunks(grad_x + row * channels + group * group_size, found, group_size, CHUNK)
-        _store_chunks(grad_z + row * channels + group * group_size, found_z, group_size, CHUNK)
+        _store_chunks(grad_z + row * grad_z_stride + group * group_size, found_z, group_size, CHUNK)
+        if y is not None:
+            _store_chunks(y + row * channels + group * group_size, normals, group_size, CHUNK)
     _store_chunks(grad_weight + program.to(tl.int64) * channels + group * group_size, sums, group_size, CHUNK)

@@ -150,14 +150,22 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(
-    grad_y: Tensor | None, grad_final: Tensor | None, starts: Tensor, *arguments: Any, into_z: Tensor | None = None
+    grad_y: Tensor | None,
+    grad_final: Tensor | None,
+    starts: Tensor,
+    *arguments: Any,
+    into_z: Tensor | None = None,
+    into_y: Tensor | None = None,
 ) -> list[Tensor]:
-    """The gradients of the inputs that are there, in their order; that of z is in `into_z`, where it is given."""
+    """The gradients of the inputs that are there, in their order; that of z is in `into_z`, where it is given.
+
+    `into_y` [b t d] gets the scan's output once more, so that nobody needs to keep it.
+    """
     inputs, options, name = _split(arguments)
     u, compiled = inputs.u, _module(name)
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     if name == "cuda":
-        found = compiled.gradients(grad_y, grad_final, starts, inputs, options, into_z)
+        found = compiled.gradients(grad_y, grad_final, starts, inputs, options, into_z, into_y)
     elif compiled is not None:
         found = compiled.gradients(grad_y, grad_final, starts, inputs, options)
     else:
@@ -169,6 +177,8 @@ def _backward(
             inputs.differentiable,
             (grad_y, grad_final),
         )
+    if into_y is not None and (name != "cuda" or inputs.z is None):
+        into_y.copy_(_forward(*arguments[:-1], False, arguments[-1])[0])
     grad_z = found[6]
     if into_z is not None and grad_z is not None and grad_z is not into_z:
         found = *found[:6], into_z.copy_(grad_z), *found[7:]

@@ -4,7 +4,9 @@
 // one in PIECE in shared memory, then piece by piece, the last first, in registers, walking back over each at once.
 // A thread holds S states of each of KC channels. Sums over states meet in a channel's lanes, sums over channels (of B
 // and C) in the lanes that hold the same states, then over the block's warps, then in `partial` over blocks: always in
-// the same order. Macros: see scan.cuh, and PIECE, EVERY, BLOCKS, DECAYS (whether a piece's decays stay in registers).
+// the same order. CHAINED: there are more tiles than blocks at once; a split then waits for the one behind it, which began
+// long before, and takes the gradient that it got to (`passed`; `progress` counts splits that are done, 0 at first).
+// Macros: see scan.cuh, and PIECE, EVERY, BLOCKS, DECAYS (whether a piece's decays stay in registers), CHAINED.
 
 #include "scan.cuh"
 
@@ -49,6 +51,18 @@ struct Shared {
     signed char marks[PIECE];
 };
 
+// Place i gets what was in i ^ order.
+INLINE void to_order(float (&states)[S], int order) {
+#pragma unroll
+    for (int bit = 1; bit < COPIES; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < S; i++)
+            if (!(i & bit)) {
+                float first = states[i], second = states[i + bit];
+                states[i] = order & bit ? second : first, states[i + bit] = order & bit ? first : second;
+            }
+}
+
 // For each order, the rows of B (and C) from `slots`; by all threads together.
 template <int MATRICES, class Copy, class... T>
 INLINE void stage_orders(float* rows, Copy copy, const Vector<T, 8>*... slots) {
@@ -65,18 +79,23 @@ INLINE void stage_orders(float* rows, Copy copy, const Vector<T, 8>*... slots) {
             States ordered;
 #pragma unroll
             for (int i = 0; i < S; i++) ordered.words[i] = part.get(i);
-#pragma unroll
-            for (int bit = 1; bit < COPIES; bit *= 2)
-#pragma unroll
-                for (int i = 0; i < S; i++)
-                    if (!(i & bit)) {
-                        float first = ordered.words[i], second = ordered.words[i + bit];
-                        ordered.words[i] = order & bit ? second : first, ordered.words[i + bit] = order & bit ? first : second;
-                    }
+            to_order(ordered.words, order);
             *reinterpret_cast<States*>(to) = ordered;
             to += S;
         }(), ...);
     }
+}
+
+INLINE u32 acquire(const u32* from) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
+}
+INLINE void release(u32* to, u32 value) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory"); }
+INLINE float from_others(const float* from) {  // as it is in memory now
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+    return value;
 }
 
 // A thread's part of a piece; 32 bits are enough for the offset within it.
@@ -90,9 +109,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
     i64 C_g, const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
     const signed char* __restrict__ marks, const U* __restrict__ grad_y, i64 g_b, i64 g_t,
     const float* __restrict__ starts, const float* __restrict__ carries, U* __restrict__ grad_u, DT* __restrict__ grad_dt,
-    Z* __restrict__ grad_z, i64 grad_z_b, i64 grad_z_t, float* __restrict__ grad_A, float* __restrict__ grad_D,
+    Z* __restrict__ grad_z, i64 grad_z_b, i64 grad_z_t, U* __restrict__ y_again, float* __restrict__ grad_A, float* __restrict__ grad_D,
     float* __restrict__ grad_bias, float* __restrict__ grad_initial, float* partial, i64 split_, i64 tiles_a_block,
-    i64 length_, i64 channels, i64 groups) {
+    float* passed, u32* progress, i64 length_, i64 channels, i64 groups) {
     extern __shared__ float4 dynamic[];
     States* kept = reinterpret_cast<States*>(dynamic);                            // the state before each piece
     float* of_matrices = reinterpret_cast<float*>(kept + PIECES * KC * THREADS);  // sums of each warp
@@ -102,18 +121,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
     int lane = threadIdx.x % 32 / CHANNEL_LANES, channel_lane = threadIdx.x % CHANNEL_LANES, order = channel_lane / SAME;
     i64 channels_a_group = channels / groups, tiles = (channels_a_group + CHANNELS - 1) / CHANNELS;
     i64 blocks_a_group = (tiles + tiles_a_block - 1) / tiles_a_block;
-    i64 group = blockIdx.x / blocks_a_group, block = blockIdx.x % blocks_a_group, batch = blockIdx.z;
-    int splits = gridDim.y, my_split = blockIdx.y, from = my_split * split, to = min(length, from + split);
+    i64 group = blockIdx.x / blocks_a_group, block = blockIdx.x % blocks_a_group, batch = blockIdx.y;
+    int splits = gridDim.z, my_split = splits - 1 - blockIdx.z, from = my_split * split, to = min(length, from + split);
     int my_token = threadIdx.x / PER_TOKEN, my_channel = threadIdx.x % PER_TOKEN * WIDTH;  // that this thread brings
     int my_vector = my_token * CHANNELS + my_channel;
     bool brings = VECTORS == THREADS || threadIdx.x < VECTORS;
     const float* my_B = shared.rows + copy_of_B(order) + lane * OfB::ROW;
     const float* my_rows = shared.rows + copy_of_BC(order) + lane * BC::ROW;
-    i64 of_token = groups * STATES, of_matrix = gridDim.z * i64(length) * of_token;
+    i64 of_token = groups * STATES, of_matrix = gridDim.y * i64(length) * of_token;
     float* partial_B = partial + block * 2 * of_matrix + batch * length * of_token + group * STATES;
     float* partial_C = partial_B + of_matrix;
     B += batch * B_b + group * B_g, C += batch * C_b + group * C_g;
     if (SEGMENTS) marks += batch * length;
+    if (CHAINED) {  // blocks begin in order, z last: nobody waits for one that cannot begin
+        if (threadIdx.x == 0)
+            while (acquire(progress + blockIdx.y * gridDim.x + blockIdx.x) < blockIdx.z) asm volatile("nanosleep.u32 100;");
+        __syncthreads();
+    }
 
     for (i64 tile = block * tiles_a_block; tile < min(tiles, (block + 1) * tiles_a_block); tile++) {
         i64 first = group * channels_a_group + tile * CHANNELS;
@@ -139,7 +163,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
             for (int i = 0; i < S; i++) {
                 bool there = state(i) < STATES && place[k] < valid;
                 decay_rate[k][i] = there ? scaled(A[at[k] + state(i)]) : 0.0f;
-                carry[k][i] = there && carries ? carries[(batch * splits + my_split) * channels * STATES + at[k] + state(i)] : 0.0f;
+                i64 here = (CHAINED ? batch : batch * splits + my_split) * channels * STATES + at[k] + state(i);
+                carry[k][i] = there && carries ? carries[here] : 0.0f;
+                if (CHAINED && there && my_split + 1 < splits) carry[k][i] = from_others(passed + here);
                 sum_A[k][i] = 0.0f;
             }
         }
@@ -173,12 +199,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
             }
         };
         auto pieces_of = [&](int chunk) { return (min(EVERY, length - chunk) + PIECE - 1) / PIECE; };
-        auto begin = [&](int chunk) {  // the state before it
+        // The state before a chunk comes into the slot of the last piece.
+        auto bring_start = [&](int chunk) {
             const float* start = starts + (batch * ((length + EVERY - 1) / EVERY) + chunk / EVERY) * channels * STATES;
 #pragma unroll
             for (int k = 0; k < KC; k++)
+                copy_async<STATES % 4 == 0 && S == 4>(kept + ((PIECES - 1) * KC + k) * THREADS + threadIdx.x, start + at[k] + lane * S,
+                                            place[k] < valid ? min(S, STATES - lane * S) : 0);
+        };
+        auto begin = [&] {
+            kept_before(PIECES - 1, h);
 #pragma unroll
-                for (int i = 0; i < S; i++) h[k][i] = state(i) < STATES && place[k] < valid ? start[at[k] + state(i)] : 0.0f;
+            for (int k = 0; k < KC; k++) to_order(h[k], order);
         };
         // dt and what u counts; of_raw: the derivative of dt by what it comes from.
         auto stage_steps = [&](int t0, int buffer, bool back, float (&of_raw)[WIDTH]) {
@@ -222,10 +254,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
 
         int buffer = 0, last = (to - 1) / EVERY * EVERY;
         fetch(last, 0, pieces_of(last) == 1);
-        begin(last);
+        bring_start(last);
         finish();
         for (int chunk = last; chunk >= from; chunk -= EVERY) {
             int pieces = pieces_of(chunk);
+            begin();
             keep(0, h);
 
             // On: the state before each piece but the first.
@@ -266,6 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
                 stage_marks(t0);
                 __syncthreads();
                 if (piece > 0 || chunk > from) fetch(piece ? t0 - PIECE : chunk - EVERY, buffer ^ 1, piece > 0);
+                if (piece == 0 && chunk > from) bring_start(chunk - EVERY);
 
                 // Two lanes have exchanged channels before; the PAIRS lanes of a channel sum GROUP tokens.
                 auto pair_sum = [&](const float (&both)[KC]) { return both[0] + __shfl_xor_sync(0xffffffff, both[1], CHANNEL_LANES); };
@@ -366,7 +400,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
                         collect(sums_size, i, shared.of_size);
                     }
                 }
-                if (piece == 0 && chunk > from) begin(chunk - EVERY);
                 finish();
 
                 if (t < length && count > 0) {
@@ -380,14 +413,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
                     auto skip = vector(shared.skips + my_channel), of_u = vector(shared.of_input + index), of_dt = vector(shared.of_size + index);
                     auto open = vector(shared.gates + (HAS_Z ? my_vector : 0)), y = vector(shared.ys + (HAS_Z ? index : 0));
                     bool padding = SEGMENTS && shared.marks[my_token] == PADDING;
-                    float values_u[WIDTH], values_dt[WIDTH], values_z[WIDTH];
+                    float values_u[WIDTH], values_dt[WIDTH], values_z[WIDTH], values_y[WIDTH];
                     auto sum_skip = shared.sums_skip[threadIdx.x], sum_bias = shared.sums_bias[threadIdx.x];
 #pragma unroll
                     for (int v = 0; v < WIDTH; v++) {
                         float input = u_raw.get(v), size = step.get(2 * v), slope = slopes.get(2 * v);
                         if (HAS_Z) {
                             float gate = z_raw.get(v), closed = 1.0f - open.get(v);
-                            values_z[v] = g_raw.get(v) * fmaf(skip.get(v), input, y.get(v)) * open.get(v) * fmaf(gate, closed, 1.0f);
+                            float opened = fmaf(skip.get(v), input, y.get(v)) * open.get(v);
+                            values_z[v] = g_raw.get(v) * opened * fmaf(gate, closed, 1.0f);
+                            values_y[v] = padding ? 0.0f : opened * gate;
                         }
                         values_u[v] = fmaf(skip.get(v), slope, DISCRETIZATION == 0 ? of_u.get(v) * size : of_u.get(v));
                         values_dt[v] = DISCRETIZATION == 0 ? fmaf(input, of_u.get(v), LN2 * of_dt.get(v)) : of_dt.get(v);
@@ -408,6 +443,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
                         Vector<Z, WIDTH> out_z;
                         out_z.set(values_z);
                         store<ALIGNED>(grad_z + (batch * grad_z_b + t * grad_z_t + first + my_channel), out_z, count);
+                        if (y_again) {
+                            Vector<U, WIDTH> out_y;
+                            out_y.set(values_y);
+                            store<ALIGNED>(y_again + place_out, out_y, count);
+                        }
                     }
                 }
 #pragma unroll
@@ -425,13 +465,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
                     if (SEGMENTS && shared.marks[token] == PADDING) sum = {0.0f, 0.0f};
                     float* target = (which ? partial_C : partial_B) + t0 * of_token + (token * int(of_token) + n);
                     bool more = tile > block * tiles_a_block;
-                    if (STATES % 2 == 0) {
-                        auto* pair = reinterpret_cast<float2*>(target);
-                        if (more) sum.x += pair->x, sum.y += pair->y;
-                        *pair = sum;
+                    if (more) {  // only this block adds there: the order is that of its tiles
+                        atomicAdd(target, sum.x);
+                        if (n + 1 < STATES) atomicAdd(target + 1, sum.y);
+                    } else if (STATES % 2 == 0) {
+                        *reinterpret_cast<float2*>(target) = sum;
                     } else {
-                        target[0] = more ? target[0] + sum.x : sum.x;
-                        if (n + 1 < STATES) target[1] = more ? target[1] + sum.y : sum.y;
+                        target[0] = sum.x;
+                        if (n + 1 < STATES) target[1] = sum.y;
                     }
                 }
                 if (SEGMENTS) __syncthreads();  // shared.marks are read above and written next
@@ -454,8 +495,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
             for (int i = 0; i < S; i++)
                 if (state(i) < STATES && place[k] < valid) {
                     grad_A[(batch * splits + my_split) * channels * STATES + at[k] + state(i)] = sum_A[k][i];
+                    if (CHAINED && my_split > 0) passed[batch * channels * STATES + at[k] + state(i)] = carry[k][i];
                     if (my_split == 0) grad_initial[batch * channels * STATES + at[k] + state(i)] = carry[k][i];
                 }
+    }
+    if (CHAINED) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) release(progress + blockIdx.y * gridDim.x + blockIdx.x, blockIdx.z + 1);
     }
 }
 

@@ -46,10 +46,12 @@ def gradients(
     inputs: Inputs,
     options: Options,
     into_z: Tensor | None = None,
+    into_y: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing.
 
-    That of z is written to `into_z`, where it is given; its rows may be strided.
+    That of z is written to `into_z`, where it is given; its rows may be strided. With z, `into_y` [b t d] gets the
+    scan's output once more.
     """
     u, dt, A, B, C = inputs.u, inputs.dt, inputs.A, inputs.B, inputs.C
     D, z, dt_bias = inputs.D, inputs.z, inputs.dt_bias
@@ -68,15 +70,20 @@ def gradients(
         return grad_u, grad_dt, of_A, *others[:3], None if grad_z is None else grad_z.zero_(), others[3], grad_initial
     work = scan.backward()
     carries = contiguous_float32(grad_final)
-    if work.splits > 1:
+    passed = progress = None
+    if work.chained:
+        passed = new((scan.batch, *A.shape))
+        progress = torch.zeros(work.blocks * scan.groups * scan.batch, dtype=torch.int32, device=u.device)
+    elif work.splits > 1:
         carries = _chain(scan, arguments, carries, work.split, grad_y)
     of_matrices = new((work.blocks, 2, *B.shape))
     of_A, of_channels = new((scan.batch, work.splits, *A.shape)), new((2, scan.batch, work.splits, scan.channels))
     of_D = address(of_channels)
     work.main(
         *(*arguments.all, address(grad_y), *grad_y.stride()[:2], address(starts), address(carries)),
-        *(address(grad_u), address(grad_dt), *of_z, address(of_A), of_D, of_D + of_channels.nbytes // 2),
-        *(address(grad_initial), address(of_matrices), work.split, work.tiles_a_block, *scan.sizes),
+        *(address(grad_u), address(grad_dt), *of_z, address(into_y)),
+        *(address(of_A), of_D, of_D + of_channels.nbytes // 2, address(grad_initial), address(of_matrices)),
+        *(work.split, work.tiles_a_block, address(passed), address(progress), *scan.sizes),
     )
     grad_B, grad_C = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
     grad_A, grad_D, grad_bias = new(A.shape), new(scan.channels), new(scan.channels)  # an op's outputs share no memory

@@ -8,16 +8,51 @@ import torch
 
 from statespan.ops.arguments import DISCRETIZATIONS
 from statespan.ops.cuda_kernels import Kernel, Launch, scalar_type
-from statespan.ops.gpu import multiprocessors
+from statespan.ops.gpu import multiprocessors, shared_memory
 
 EVERY = 64  # tokens; the backward keeps the state before each EVERY-th token and computes the others again
 PIECE = 8  # tokens whose states the backward holds in registers
 THREADS = 128
+DEPTH = 2  # chunks that are on their way while the forward walks one
 
-# Clocks of a token on a multiprocessor with some blocks, by states a thread: (of one more block, of any), on an H100.
-CLOCKS = {2: (43, 30), 4: (60, 62), 8: (93, 110)}
-# The same where splits of the tokens fill it, with the summaries that this needs: a block's share at 8 states a thread.
-CLOCKS_SPLIT = 265
+
+class Form(NamedTuple):
+    """How a block of the forward is made, see forward.cu."""
+
+    states: int  # of a walking thread
+    tile: int  # channels of a block
+    staging: int  # threads that bring and write
+    tokens: int  # of a chunk
+    vector: int  # channels that such a thread brings at once
+    ahead: bool
+    resident: int  # blocks that a multiprocessor is to hold
+    clocks: tuple[int, int] = (0, 0)  # of a token on a multiprocessor with some blocks: of each, and of any; on an H100
+
+
+# By states, padded to a power of two.
+FORMS = {
+    8: (Form(4, 64, 128, 16, 8, False, 3),),
+    16: (
+        Form(8, 64, 128, 16, 8, True, 2, (86, 36)),
+        Form(4, 32, 128, 32, 8, True, 2, (48, 18)),
+        Form(4, 16, 64, 32, 8, True, 4, (22, 40)),
+        Form(2, 40, 160, 64, 8, True, 1, (96, 0)),
+        Form(2, 12, 96, 64, 4, True, 1, (39, 0)),
+    ),
+    32: (Form(8, 32, 64, 16, 8, False, 4),),
+    64: (Form(8, 32, 64, 16, 8, False, 2),),
+    128: (Form(8, 16, 64, 16, 8, False, 2),),
+}
+# Where splits of the tokens fill a multiprocessor, with their summaries: clocks of a token for each 64 channels.
+FORM_OF_SPLITS, CLOCKS_SPLIT = Form(8, 32, 64, 16, 8, False, 4), 215
+# For inputs that are not plain: of 32 bits, unaligned, or with a discretization that takes more registers.
+FORMS_OF_OTHERS = {
+    8: (Form(4, 32, 64, 16, 8, False, 2),),
+    16: (Form(4, 16, 64, 16, 8, False, 2),),
+    32: (Form(4, 16, 64, 16, 8, False, 2),),
+    64: (Form(8, 16, 64, 8, 8, False, 1),),
+    128: (Form(8, 8, 64, 8, 8, False, 1),),
+}
 # What the summaries of the splits cost, of the backward's main kernel.
 SUMMARY_SHARE = 0.21
 # A chunk of the backward that keeps a piece's decays in registers, two blocks a multiprocessor, next to one without.
@@ -55,6 +90,7 @@ class Backward(NamedTuple):
     tiles_a_block: int
     split: int  # tokens
     splits: int
+    chained: bool  # whether a split waits for what the one behind it passes on
 
 
 class Scan:
@@ -74,12 +110,14 @@ class Scan:
             aligned &= all(stride * dtype.itemsize % 16 == 0 for stride, count in outer if count > 1)
         self.wide = max(x.itemsize for x in (u, dt, B, C)) == 4
         self.plain = aligned and layout.discretization == "mamba" and not self.wide
+        self.segments = layout.segments
         self.inputs: dict[str, str | int] = {
             **{"U": scalar_type(u), "DT": scalar_type(dt), "Z": scalar_type(z or u)},
             **{"BM": scalar_type(B), "CM": scalar_type(C), "STATES": self.states, "PADDED": self.padded},
             **{"ALIGNED": int(aligned), "HAS_Z": int(z is not None), "SOFTPLUS": int(layout.dt_softplus)},
             **{"SEGMENTS": int(layout.segments), "DISCRETIZATION": DISCRETIZATIONS[layout.discretization]},
         }
+        self.forms = (FORMS if self.plain else FORMS_OF_OTHERS)[self.padded]
         self._forward: dict[bool, tuple[Launch, int]] = {}
         self._chain: dict[tuple[int, bool], tuple[Launch, Launch]] = {}
         self._backward: Backward | None = None
@@ -88,55 +126,76 @@ class Scan:
         """How many blocks of that many channels there are; a block's channels are of one group."""
         return self.groups * -(-(self.channels // self.groups) // channels)
 
-    def macros(self, states: int, **more: str | int) -> tuple[tuple[str, str | int], ...]:
-        """What the forward and the summary are compiled with, for so many states a thread."""
+    def summary_macros(self, states: int, **more: str | int) -> tuple[tuple[str, str | int], ...]:
+        """What the summary of the splits is compiled with, for so many states a thread."""
         lanes = self.padded // states
-        group = min(max(lanes, 4), 8)  # tokens that are summed together, see forward.cu
-        ahead = int(states * group <= 16)  # whether the next group's exponentials fit into registers, too
-        # Of shared memory, in numbers of B.
-        room = 512 if self.wide else 1024 if states <= 4 and self.padded == 32 else 2048
-        tokens = max(min(8 * lanes, room // self.padded, 64), group * (1 + ahead))
-        blocks = 3 if not self.plain or states == 2 else 4 if ahead or self.padded > 32 else 5
-        sizes = {"STATES_A_THREAD": states, "THREADS": THREADS, "TOKENS": tokens, "BLOCKS": blocks, "AHEAD": ahead}
+        tokens = min(8 * lanes, (512 if self.wide else 2048) // self.padded, 64)
+        blocks = 3 if not self.plain else 5 if states == 8 and self.padded <= 32 else 4
+        sizes = {"STATES_A_THREAD": states, "THREADS": THREADS, "TOKENS": max(tokens, 4), "BLOCKS": blocks}
         return tuple({**self.inputs, **sizes, **more}.items())
+
+    def forward_macros(self, form: Form, keep_starts: bool) -> tuple[tuple[str, str | int], ...]:
+        """What the forward is compiled with."""
+        ahead = form.ahead and not self.segments  # restarts take registers
+        sizes = {
+            **{"STATES_A_THREAD": form.states, "THREADS": form.staging, "TOKENS": form.tokens, "TILE": form.tile},
+            **{"VECTOR": form.vector, "AHEAD": int(ahead), "DEPTH": DEPTH, "BLOCKS": form.resident},
+            **{"EVERY": EVERY if keep_starts else 0, "SHARED_BYTES": self.shared_bytes(form)},
+        }
+        return tuple({**self.inputs, **sizes}.items())
+
+    def shared_bytes(self, form: Form) -> int:
+        """The size of `Shared` in forward.cu."""
+        tile, tokens, near = form.tile, form.tokens, 32 * form.states // self.padded
+        unit = min(max(near, 4), 8)
+        steps = 8 * (tile + (4 if tile == 32 else 2 if tile < 32 else 0))
+        sums = 4 * (tile if tile // unit % 2 else tile + unit)
+        chunk = tokens * (steps + 4 * (2 * self.padded + 4) + sums)
+        u, z, dt, B, C = (4 if self.inputs[name] == "float" else 2 for name in ("U", "Z", "DT", "BM", "CM"))
+        ring = tokens * (tile * u + 1) + z * (tokens * tile if self.inputs["HAS_Z"] else form.vector)
+        ahead = tokens * (tile * dt + self.padded * (B + C))
+        count = 2 * chunk + 8 * tile + (DEPTH + 3) * ring + (DEPTH + 1) * ahead
+        return -(-count // 16) * 16
 
     def forward(self, keep_starts: bool) -> tuple[Launch, int]:
         """The launch, and tokens a split."""
         if keep_starts not in self._forward:
-            states, split = self.forward_plan()
-            grid = (self.tiles(THREADS * states // self.padded), self.batch, -(-self.length // split))
-            macros = self.macros(states, EVERY=EVERY if keep_starts else 0)
-            self._forward[keep_starts] = _forward.launch(self.device, grid, THREADS, macros), split
+            form, split = self.forward_plan()
+            grid = (self.tiles(form.tile), self.batch, -(-self.length // split))
+            threads = form.staging + form.tile * self.padded // form.states
+            macros = self.forward_macros(form, keep_starts)
+            launch = _forward.launch(self.device, grid, threads, macros, self.shared_bytes(form))
+            self._forward[keep_starts] = launch, split
         return self._forward[keep_starts]
 
-    def forward_plan(self) -> tuple[int, int]:
-        """States a thread and tokens a split: what is soonest done.
+    def forward_plan(self) -> tuple[Form, int]:
+        """How a block is made, and tokens a split: what is soonest done.
 
         Fewer states a thread make more threads of as many channels, at some cost; splits of the tokens make still
         more, and need their summaries first.
         """
         processors = multiprocessors(self.device)
 
-        def clocks(states: int) -> float:
-            blocks = -(-self.tiles(THREADS * states // self.padded) * self.batch // processors)
-            more, any_number = CLOCKS[states]
-            return more * blocks + any_number
+        def clocks(form: Form) -> float:
+            blocks = -(-self.tiles(form.tile) * self.batch // processors)
+            of_each, of_any = form.clocks
+            return of_each * blocks + of_any * -(-blocks // form.resident)
 
         whole = -(-self.length // EVERY) * EVERY
-        states = min((s for s in CLOCKS if 2 <= self.padded // s <= 16), key=clocks)
-        if self.padded // 2 < 8:
-            return states, whole
-        blocks = self.tiles(THREADS * 8 // self.padded) * self.batch
-        splits = min(8 * processors // blocks, whole // (4 * EVERY))
-        if splits < 4 or CLOCKS_SPLIT * blocks / processors > clocks(states):
-            return states, whole
-        return 8, -(-whole // splits // EVERY) * EVERY
+        room = shared_memory(self.device)
+        form = min((form for form in self.forms if self.shared_bytes(form) <= room), key=clocks)
+        measured = self.plain and self.padded == 16
+        blocks = max(self.tiles(64 if measured else form.tile) * self.batch, 1)
+        splits = min((8 if measured else 4) * processors // blocks, whole // (4 * EVERY))
+        if splits < 4 or (measured and CLOCKS_SPLIT * blocks / processors > clocks(form)):
+            return form, whole
+        return FORM_OF_SPLITS if measured else form, -(-whole // splits // EVERY) * EVERY
 
     def chain(self, split: int, reverse: bool) -> tuple[Launch, Launch]:
         """The launches that find what each split does to the state, and what each is given."""
         if (split, reverse) not in self._chain:
             states, splits = min(8, self.padded // 2), -(-self.length // split)
-            macros = self.macros(states, REVERSE=int(reverse), MM=self.inputs["CM" if reverse else "BM"])
+            macros = self.summary_macros(states, REVERSE=int(reverse), MM=self.inputs["CM" if reverse else "BM"])
             grid = (self.tiles(THREADS * states // self.padded), self.batch, splits - 1)
             of_chain = (-(-self.channels * self.states // THREADS), self.batch, 1)
             self._chain[split, reverse] = (
@@ -153,19 +212,23 @@ class Scan:
             blocks = -(-(self.tiles(tile) // self.groups) // tiles_a_block)
             number, chunks = blocks * self.groups * self.batch, -(-self.length // EVERY)
             processors = multiprocessors(self.device)
-            split, time = _backward_split(number, chunks, resident * processors)
-            measured = self.plain and self.padded == 16 and not self.inputs["SEGMENTS"]
+            room = resident * processors
+            split, time = _backward_split(number, chunks, room)
+            chained = False
+            measured = self.plain and self.padded == 16 and not self.segments
             if measured and 1 < number / processors <= 2 and CHUNK_WITH_DECAYS * (chunks + CHUNK_START) < time:
                 split, macros = EVERY * chunks, self.backward_shape(keeps_decays=True)[1]
+            elif number > room and self.padded < 128 and _chained_split(number, chunks, room)[1] < time:
+                split, chained = _chained_split(number, chunks, room)[0], True
             splits = -(-self.length // split)
             sums = 2 * self.batch * self.length * self.groups * self.states + self.channels * (self.states + 2)
             of_sums = -(-sums // (THREADS * (4 if self.inputs["ALIGNED"] else 1)))
+            grid = (self.groups * blocks, self.batch, splits)
+            macros = (*macros, ("CHAINED", int(chained)))
             self._backward = Backward(
-                _backward.launch(
-                    self.device, (self.groups * blocks, splits, self.batch), THREADS, macros, shared_bytes
-                ),
+                _backward.launch(self.device, grid, THREADS, macros, shared_bytes),
                 _sums.launch(self.device, (of_sums, 1, 1), THREADS, macros),
-                *(blocks, tiles_a_block, split, splits),
+                *(blocks, tiles_a_block, split, splits, chained),
             )
         return self._backward
 
@@ -198,4 +261,15 @@ def _backward_split(blocks: int, chunks: int, room: int) -> tuple[int, float]:
         return waves * (chunks_a_split + CHUNK_START) + summaries
 
     best = min({-(-chunks // splits) for splits in range(1, 65)} | set(range(1, min(chunks, 8) + 1)), key=time)
+    return EVERY * best, time(best)
+
+
+@cache
+def _chained_split(blocks: int, chunks: int, room: int) -> tuple[int, float]:
+    """As _backward_split, where splits of more tiles than there is room for wait for each other."""
+
+    def time(chunks_a_split: int) -> float:
+        return (blocks * -(-chunks // chunks_a_split) / room + 0.5) * (chunks_a_split + CHUNK_START)
+
+    best = min(range(1, chunks + 1), key=time)
     return EVERY * best, time(best)

@@ -1,193 +1,231 @@
 // The selective scan from the first token to the last: y, the final state, and the state before every `EVERY`th token.
 // Blocks of one split of the tokens each, `split` tokens long; `initial` is what each split is given.
-// Macros: see scan.cuh, EVERY (0: keep none), and BLOCKS, how many are to run on a multiprocessor at once.
+// The first THREADS threads of a block bring chunks of TOKENS tokens, make of one what the walk reads, and write the
+// results of another; the other threads walk the chunk between these two. So one barrier a chunk is enough, and what
+// brings and writes runs beside the walk. Walking threads hold S states each; neighbours hold neighbouring channels.
+// Macros: see scan.cuh, TILE (channels of a block), VECTOR (channels that a thread brings at once), DEPTH (chunks on
+// their way), EVERY (0: keep none), AHEAD (whether exponentials are computed a group of tokens ahead), SHARED_BYTES,
+// and BLOCKS, how many are to run on a multiprocessor at once.
 
 #include "scan.cuh"
 
-constexpr int CHANNELS = THREADS / LANES;      // of a block
-constexpr int WIDTH = 8;                       // channels that a thread brings at once
-constexpr int GROUP = LANES < 4 ? 4 : LANES > 8 ? 8 : LANES;  // tokens whose sums over states are taken together
+constexpr int RING = DEPTH + 3;  // chunks whose u and z are at hand: until they are written
+constexpr int WALKERS = TILE * LANES, NEIGHBOURS = 32 / LANES;  // walking threads; channels of a warp of these
+constexpr int GROUP = LANES < 4 ? 4 : LANES > 8 ? 8 : LANES;    // tokens whose sums over states are taken together
 constexpr int HELD = GROUP / LANES ? GROUP / LANES : 1, SHARED_BY = LANES / GROUP ? LANES / GROUP : 1;  // sums and lanes
-constexpr int PITCH = CHANNELS + (LANES == 1 ? 0 : LANES >= 8 ? 4 : 32 / LANES);  // of y's rows: stores free of conflicts
-using Work = Share<TOKENS, CHANNELS, WIDTH>;
-using Place = Steps<CHANNELS>;
+constexpr int UNIT = NEIGHBOURS < 4 ? 4 : NEIGHBOURS > 8 ? 8 : NEIGHBOURS;
+constexpr int PITCH = TILE / UNIT % 2 ? TILE : TILE + UNIT;  // of y's rows: stores free of conflicts
+using Work = Share<TOKENS, TILE, VECTOR>;
+using Place = Steps<TILE>;
 using BC = Rows<TOKENS, 2>;
-static_assert(CHANNELS % WIDTH == 0 && TOKENS % GROUP == 0 && EVERY % TOKENS == 0);
+static_assert(TILE % VECTOR == 0 && WALKERS % 32 == 0 && TOKENS % (GROUP * (1 + AHEAD)) == 0 && EVERY % TOKENS == 0);
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_forward(
+// What the walk of a chunk reads and writes.
+struct Chunk {
+    alignas(16) float2 steps[TOKENS * Place::PITCH];
+    alignas(16) float rows[BC::SIZE];
+    alignas(16) float ys[TOKENS * PITCH];
+};
+struct Shared {
+    Chunk chunks[2];
+    alignas(16) float skips[TILE], biases[TILE];
+    // As they come from memory, each for the thread that brought it.
+    Vector<U, VECTOR> u[RING][Work::VECTORS];
+    Vector<Z, VECTOR> z[RING][HAS_Z ? Work::VECTORS : 1];
+    Vector<DT, VECTOR> dt[DEPTH + 1][Work::VECTORS];
+    Vector<BM, 8> B[DEPTH + 1][BC::VECTORS];
+    Vector<CM, 8> C[DEPTH + 1][BC::VECTORS];
+    signed char marks[RING][TOKENS];
+};
+static_assert(sizeof(Shared) == SHARED_BYTES);
+
+// What a group of tokens does to a thread's states, but for the states themselves.
+struct Group {
+    float decay[GROUP][S], input[GROUP][S], C[GROUP][S];
+
+    INLINE void read(const Chunk& chunk, int token, int channel, int lane, const float (&decay_rate)[S]) {
+        const float2* steps = chunk.steps + token * Place::PITCH + Place::place(channel);
+        const float* rows = chunk.rows + token * BC::PITCH + lane * BC::ROW;
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            float2 step = steps[i * Place::PITCH];
+            float row[2 * S];
+            BC::read(row, rows, i);
+#pragma unroll
+            for (int n = 0; n < S; n++) {
+                Step now(step.x, decay_rate[n]);
+                decay[i][n] = now.decay, input[i][n] = step.y * now.scale * row[n], C[i][n] = row[S + n];
+            }
+        }
+    }
+
+    // Moves the states over the tokens; each token's part of y.
+    INLINE void walk(float (&h)[S], float (&sums)[GROUP], const signed char* marks) const {
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            bool restarts = SEGMENTS && marks[i] == RESTARTS;
+#pragma unroll
+            for (int n = 0; n < S; n++) {
+                h[n] = fmaf(decay[i][n], restarts ? 0.0f : h[n], input[i][n]);
+                sums[i] = n ? fmaf(h[n], C[i][n], sums[i]) : h[n] * C[i][n];
+            }
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_forward(
     const U* __restrict__ u, i64 u_b, i64 u_t, const DT* __restrict__ dt, i64 dt_b, i64 dt_t, const Z* __restrict__ z,
     i64 z_b, i64 z_t, const BM* __restrict__ B, i64 B_b, i64 B_t, i64 B_g, const CM* __restrict__ C, i64 C_b, i64 C_t,
     i64 C_g, const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
     const signed char* __restrict__ marks, const float* __restrict__ initial, U* __restrict__ y, float* __restrict__ final,
     float* __restrict__ starts, i64 split, i64 length_, i64 channels, i64 groups) {
-    __shared__ alignas(16) float2 steps[TOKENS * Place::PITCH];
-    __shared__ alignas(16) float ys[TOKENS * PITCH];
-    __shared__ alignas(16) float rows[BC::SIZE];
-    __shared__ alignas(16) float skips[CHANNELS], biases[CHANNELS];
-    __shared__ signed char chunk_marks[TOKENS];
-    // What comes from memory while the chunk before it is walked. u and z are needed until the chunk is written.
-    __shared__ Vector<U, WIDTH> u_slots[2][Work::VECTORS];
-    __shared__ Vector<Z, WIDTH> z_slots[2][HAS_Z ? Work::VECTORS : 1];
-    __shared__ Vector<DT, WIDTH> dt_slots[Work::VECTORS];
-    __shared__ Vector<BM, 8> B_slots[BC::VECTORS];
-    __shared__ Vector<CM, 8> C_slots[BC::VECTORS];
-
+    extern __shared__ float4 dynamic[];
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     int splits = gridDim.z, from = int(blockIdx.z * split), all = int(length_), length = int(min(i64(all), from + split));
-    int lane = threadIdx.x % LANES, channel = threadIdx.x / LANES;
-    i64 channels_a_group = channels / groups, tiles = (channels_a_group + CHANNELS - 1) / CHANNELS;
-    i64 group = blockIdx.x / tiles, first = blockIdx.x % tiles * CHANNELS, batch = blockIdx.y;
-    int valid = int(min(i64(CHANNELS), channels_a_group - first));
+    int chunks = (length - from + TOKENS - 1) / TOKENS;
+    i64 channels_a_group = channels / groups, tiles = (channels_a_group + TILE - 1) / TILE;
+    i64 group = blockIdx.x / tiles, first = blockIdx.x % tiles * TILE, batch = blockIdx.y;
+    int valid = int(min(i64(TILE), channels_a_group - first));
     first += group * channels_a_group;
-    u += batch * u_b + first, dt += batch * dt_b + first, y += batch * all * channels + first;
-    if (HAS_Z) z += batch * z_b + first;
-    if (SEGMENTS) marks += batch * all;
-    if (EVERY) starts += (batch * ((all + EVERY - 1) / max(EVERY, 1)) + from / max(EVERY, 1)) * channels * STATES;
-    B += batch * B_b + group * B_g, C += batch * C_b + group * C_g;
 
-    if (threadIdx.x < CHANNELS) {
-        bool there = threadIdx.x < valid;
-        skips[threadIdx.x] = D && there ? D[first + threadIdx.x] : 0.0f;
-        biases[threadIdx.x] = dt_bias && there ? dt_bias[first + threadIdx.x] : 0.0f;
+    for (int c = threadIdx.x; c < TILE; c += THREADS + WALKERS) {
+        shared.skips[c] = D && c < valid ? D[first + c] : 0.0f;
+        shared.biases[c] = dt_bias && c < valid ? dt_bias[first + c] : 0.0f;
     }
+    __syncthreads();
+    if (threadIdx.x < THREADS) {
+        u += batch * u_b + first, dt += batch * dt_b + first, y += batch * all * channels + first;
+        if (HAS_Z) z += batch * z_b + first;
+        if (SEGMENTS) marks += batch * all;
+        B += batch * B_b + group * B_g, C += batch * C_b + group * C_g;
+        auto fetch = [&](int chunk) {
+            int t0 = from + chunk * TOKENS, of_ring = chunk % RING, ahead = chunk % (DEPTH + 1);
+            if (chunk < chunks) {
+                Work::fetch(shared.u[of_ring], u, u_t, t0, length, valid);
+                Work::fetch(shared.dt[ahead], dt, dt_t, t0, length, valid);
+                if (HAS_Z) Work::fetch(shared.z[of_ring], z, z_t, t0, length, valid);
+                BC::fetch(shared.B[ahead], B, B_t, t0, length, marks);
+                BC::fetch(shared.C[ahead], C, C_t, t0, length, marks);
+            }
+            end_of_copies();
+        };
+        auto stage = [&](int chunk) {
+            int t0 = from + chunk * TOKENS, of_ring = chunk % RING, ahead = chunk % (DEPTH + 1);
+            Chunk& to = shared.chunks[chunk % 2];
+#pragma unroll
+            for (int item = 0; item < Work::ITEMS; item++) {
+                if (!Work::mine(item)) continue;
+                int token = Work::token(item), c = Work::channel(item);
+                bool there = t0 + token < length;
+                if (SEGMENTS && there) there = marks[t0 + token] != PADDING;
+                auto u_raw = shared.u[of_ring][Work::index(item)];
+                auto dt_raw = shared.dt[ahead][Work::index(item)];
+#pragma unroll
+                for (int v = 0; v < VECTOR; v += 2) {
+                    float2 pair[2];
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float size = dt_raw.get(v + i) + shared.biases[c + v + i];
+                        size = SOFTPLUS ? softplus(size) : size;
+                        pair[i] = there ? float2{size, input_factor(size, u_raw.get(v + i))} : float2{0.0f, 0.0f};
+                    }
+                    *reinterpret_cast<float4*>(to.steps + token * Place::PITCH + Place::place(c + v)) = {
+                        pair[0].x, pair[0].y, pair[1].x, pair[1].y};
+                }
+            }
+            BC::stage(to.rows, shared.B[ahead], shared.C[ahead]);
+            if (SEGMENTS)
+                for (int token = threadIdx.x; token < TOKENS; token += THREADS)
+                    shared.marks[of_ring][token] = t0 + token < length ? marks[t0 + token] : PADDING;
+        };
+        auto write = [&](int chunk) {
+            int t0 = from + chunk * TOKENS, of_ring = chunk % RING;
+#pragma unroll
+            for (int item = 0; item < Work::ITEMS; item++) {
+                int token = Work::token(item), c = Work::channel(item), t = t0 + token;
+                if (!Work::mine(item) || t >= length) continue;
+                bool padding = SEGMENTS && shared.marks[of_ring][token] == PADDING;
+                auto u_raw = shared.u[of_ring][Work::index(item)];
+                auto z_raw = shared.z[of_ring][HAS_Z ? Work::index(item) : 0];
+                auto sums = *reinterpret_cast<const Vector<float, VECTOR>*>(shared.chunks[chunk % 2].ys + token * PITCH + c);
+                float values[VECTOR];
+#pragma unroll
+                for (int v = 0; v < VECTOR; v++) {
+                    float value = fmaf(shared.skips[c + v], u_raw.get(v), sums.get(v));
+                    if (HAS_Z) value *= z_raw.get(v) * sigmoid(z_raw.get(v));
+                    values[v] = padding ? 0.0f : value;
+                }
+                Vector<U, VECTOR> out;
+                out.set(values);
+                store<ALIGNED>(y + t * channels + c, out, min(VECTOR, valid - c));
+            }
+        };
+#pragma unroll
+        for (int chunk = 0; chunk < DEPTH; chunk++) fetch(chunk);
+        for (int chunk = -1; chunk <= chunks; chunk++) {
+            wait_for_copies_but<DEPTH - 1>();
+            if (chunk + 1 < chunks) stage(chunk + 1);
+            fetch(chunk + 1 + DEPTH);
+            if (chunk > 0) write(chunk - 1);
+            __syncthreads();
+        }
+        return;
+    }
+
+    int walker = threadIdx.x - THREADS, lane = walker % 32 / NEIGHBOURS, channel = walker / 32 * NEIGHBOURS + walker % NEIGHBOURS;
+    bool mine = channel < valid && lane * S < STATES;
+    i64 at = (first + channel) * STATES + lane * S, of_row = channels * STATES;
     float h[S], decay_rate[S];
 #pragma unroll
     for (int i = 0; i < S; i++) {
-        int n = lane * S + i;
-        bool there = n < STATES && channel < valid;
-        decay_rate[i] = there ? scaled(A[(first + channel) * STATES + n]) : 0.0f;
-        h[i] = there && initial ? initial[((batch * splits + blockIdx.z) * channels + first + channel) * STATES + n] : 0.0f;
+        bool there = mine && lane * S + i < STATES;
+        decay_rate[i] = there ? scaled(A[at + i]) : 0.0f;
+        h[i] = there && initial ? initial[(batch * splits + blockIdx.z) * of_row + at + i] : 0.0f;
     }
     auto save = [&](float* to) {
-#pragma unroll
-        for (int i = 0; i < S; i++)
-            if (lane * S + i < STATES && channel < valid) to[(first + channel) * STATES + lane * S + i] = h[i];
+        Vector<float, S> states;
+        states.set(h);
+        store<STATES % S == 0>(to + at, states, mine ? STATES - lane * S : 0);
     };
-    auto fetch = [&](int t0, int buffer) {
-        Work::fetch(u_slots[buffer], u, u_t, t0, length, valid);
-        Work::fetch(dt_slots, dt, dt_t, t0, length, valid);
-        if (HAS_Z) Work::fetch(z_slots[buffer], z, z_t, t0, length, valid);
-        BC::fetch(B_slots, B, B_t, t0, length, marks);
-        BC::fetch(C_slots, C, C_t, t0, length, marks);
-    };
-
-    const float2* my_steps = steps + Place::place(channel);
-    const float* my_rows = rows + lane * BC::ROW;
-    float* my_ys = ys + lane / SHARED_BY * HELD * PITCH + channel;
-    // What a group of tokens does to the states, but for the states themselves.
-    struct Group {
-        float decay[GROUP][S], input[GROUP][S], C[GROUP][S];
-        INLINE void read(const float2* steps, const float* rows, const float (&decay_rate)[S]) {
-#pragma unroll
-            for (int i = 0; i < GROUP; i++) {
-                float2 step = steps[i * Place::PITCH];
-                float row[2 * S];
-                BC::read(row, rows, i);
-#pragma unroll
-                for (int n = 0; n < S; n++) {
-                    Step now(step.x, decay_rate[n]);
-                    decay[i][n] = now.decay, input[i][n] = step.y * now.scale * row[n], C[i][n] = row[S + n];
-                }
-            }
-        }
-    };
-
-    fetch(from, 0);
+    if (EVERY) starts += (batch * ((all + EVERY - 1) / max(EVERY, 1)) + from / max(EVERY, 1)) * of_row;
     __syncthreads();
-    int buffer = 0;
-    for (int t0 = from; t0 < length; t0 += TOKENS, buffer ^= 1) {
-        wait_for_copies();
-#pragma unroll
-        for (int item = 0; item < Work::ITEMS; item++) {
-            if (!Work::mine(item)) continue;
-            int token = Work::token(item), c = Work::channel(item);
-            bool there = t0 + token < length;
-            if (SEGMENTS && there) there = marks[t0 + token] != PADDING;
-            auto u_raw = u_slots[buffer][Work::index(item)];
-            auto dt_raw = dt_slots[Work::index(item)];
-#pragma unroll
-            for (int v = 0; v < WIDTH; v += 2) {
-                float2 pair[2];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float size = dt_raw.get(v + i) + biases[c + v + i];
-                    size = SOFTPLUS ? softplus(size) : size;
-                    pair[i] = there ? float2{size, input_factor(size, u_raw.get(v + i))} : float2{0.0f, 0.0f};
-                }
-                *reinterpret_cast<float4*>(steps + token * Place::PITCH + Place::place(c + v)) = {
-                    pair[0].x, pair[0].y, pair[1].x, pair[1].y};
-            }
-        }
-        BC::stage(rows, B_slots, C_slots);
-        if (SEGMENTS && threadIdx.x < TOKENS)
-            chunk_marks[threadIdx.x] = t0 + threadIdx.x < length ? marks[t0 + threadIdx.x] : PADDING;
-        __syncthreads();
-        if (t0 + TOKENS < length) fetch(t0 + TOKENS, buffer ^ 1);
-        if (EVERY && t0 % max(EVERY, 1) == 0) {
+    for (int index = 0; index < chunks; index++) {
+        Chunk& chunk = shared.chunks[index % 2];
+        const signed char* chunk_marks = shared.marks[index % RING];
+        if (EVERY && index % max(EVERY / TOKENS, 1) == 0) {
             save(starts);
-            starts += channels * STATES;
+            starts += of_row;
         }
-
-        auto walk = [&](const Group& group, int first_token) {
-            float sums[GROUP];
-#pragma unroll
-            for (int i = 0; i < GROUP; i++) {
-                if (SEGMENTS && chunk_marks[first_token + i] == RESTARTS)
-#pragma unroll
-                    for (int n = 0; n < S; n++) h[n] = 0.0f;
-                float sum = 0.0f;
-#pragma unroll
-                for (int n = 0; n < S; n++) {
-                    h[n] = fmaf(group.decay[i][n], h[n], group.input[i][n]);
-                    sum = n ? fmaf(h[n], group.C[i][n], sum) : h[n] * group.C[i][n];
-                }
-                sums[i] = sum;
-            }
-            sum_over_lanes<LANES, 1>(sums, lane);
+        auto finish = [&](float (&sums)[GROUP], int token) {  // over the lanes of a channel
+            sum_over_lanes<LANES, NEIGHBOURS>(sums, lane);
 #pragma unroll
             for (int i = 0; i < HELD; i++)
-                if (lane % SHARED_BY == 0) my_ys[(first_token + i) * PITCH] = sums[i];
+                if (lane % SHARED_BY == 0) chunk.ys[(token + lane / SHARED_BY * HELD + i) * PITCH + channel] = sums[i];
         };
-        if (AHEAD) {  // a group's exponentials are on their way while the group before it is walked
-            Group even, odd;
-            even.read(my_steps, my_rows, decay_rate);
-#pragma unroll 1
-            for (int token = 0; token < TOKENS; token += 2 * GROUP) {
-                const float2* at = my_steps + token * Place::PITCH;
-                const float* row = my_rows + token * BC::PITCH;
-                odd.read(at + GROUP * Place::PITCH, row + GROUP * BC::PITCH, decay_rate);
-                walk(even, token);
-                if (token + 2 * GROUP < TOKENS) even.read(at + 2 * GROUP * Place::PITCH, row + 2 * GROUP * BC::PITCH, decay_rate);
-                walk(odd, token + GROUP);
+        if (AHEAD) {  // without a branch: while a group is walked, the one before it is summed, and the next computed
+            Group group[2];
+            float sums[2][GROUP];
+            group[0].read(chunk, 0, channel, lane, decay_rate);
+#pragma unroll
+            for (int token = 0; token < TOKENS; token += GROUP) {
+                int now = token / GROUP % 2;
+                if (token + GROUP < TOKENS) group[now ^ 1].read(chunk, token + GROUP, channel, lane, decay_rate);
+                group[now].walk(h, sums[now], chunk_marks + token);
+                if (token) finish(sums[now ^ 1], token - GROUP);
             }
+            finish(sums[TOKENS / GROUP % 2 ^ 1], TOKENS - GROUP);
         } else {
 #pragma unroll 1
             for (int token = 0; token < TOKENS; token += GROUP) {
                 Group group;
-                group.read(my_steps + token * Place::PITCH, my_rows + token * BC::PITCH, decay_rate);
-                walk(group, token);
+                float sums[GROUP];
+                group.read(chunk, token, channel, lane, decay_rate);
+                group.walk(h, sums, chunk_marks + token);
+                finish(sums, token);
             }
         }
         __syncthreads();
-
-#pragma unroll
-        for (int item = 0; item < Work::ITEMS; item++) {
-            int token = Work::token(item), c = Work::channel(item), t = t0 + token;
-            if (!Work::mine(item) || t >= length) continue;
-            bool padding = SEGMENTS && chunk_marks[token] == PADDING;
-            auto u_raw = u_slots[buffer][Work::index(item)];
-            auto z_raw = z_slots[buffer][HAS_Z ? Work::index(item) : 0];
-            float values[WIDTH];
-#pragma unroll
-            for (int v = 0; v < WIDTH; v++) {
-                float value = fmaf(skips[c + v], u_raw.get(v), ys[token * PITCH + c + v]);
-                if (HAS_Z) value *= z_raw.get(v) * sigmoid(z_raw.get(v));
-                values[v] = padding ? 0.0f : value;
-            }
-            Vector<U, WIDTH> out;
-            out.set(values);
-            store<ALIGNED>(y + t * channels + c, out, min(WIDTH, valid - c));
-        }
-        if (SEGMENTS) __syncthreads();  // chunk_marks are read above and written next
     }
-    if (blockIdx.z + 1 == splits) save(final + batch * channels * STATES);
+    __syncthreads();
+    if (blockIdx.z + 1 == splits) save(final + batch * of_row);
 }

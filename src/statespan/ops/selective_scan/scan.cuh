@@ -1,7 +1,7 @@
 // What the kernels of the selective scan share. A thread holds STATES_A_THREAD neighbouring states of a channel; the
-// LANES threads of a channel are neighbours in a warp. A block works through the tokens TOKENS at a time: it brings a
-// chunk of the inputs into shared memory as float32, walks it with the state in registers, and writes the chunk's
-// results with the threads that brought it.
+// LANES threads of a channel are in one warp. A block works through the tokens TOKENS at a time: it brings a chunk of the
+// inputs into shared memory as float32, walks it with the state in registers, and writes its results with the threads
+// that brought it, THREADS of them.
 //
 // Macros: U, DT, Z, BM, CM (scalar types of u, dt, z, B, C), STATES and PADDED (states, and the power of two above),
 // STATES_A_THREAD, THREADS, TOKENS, ALIGNED, HAS_Z, SOFTPLUS, SEGMENTS, DISCRETIZATION (0 mamba, 1 zoh, 2 bilinear).
@@ -88,18 +88,13 @@ template <int COUNT, int MATRICES> struct Rows {
         }
     }
 
-    template <int SWAP, class T>
+    template <class T>
     static INLINE void spread(float (&values)[WIDTH * MATRICES], int matrix, const Vector<T, WIDTH>& vector) {
 #pragma unroll
-        for (int v = 0; v < WIDTH; v++)
-            values[v / S * ROW + matrix * S + (v % S ^ SWAP)] = vector.get(v);
+        for (int v = 0; v < WIDTH; v++) values[v / S * ROW + matrix * S + v % S] = vector.get(v);
     }
 
     template <class... T> static INLINE void stage(float* shared, const Vector<T, WIDTH>*... slots) {
-        stage_<0>(shared, slots...);
-    }
-
-    template <int SWAP, class... T> static INLINE void stage_(float* shared, const Vector<T, WIDTH>*... slots) {
         static_assert(sizeof...(T) == MATRICES);
 #pragma unroll
         for (int item = 0; item < ITEMS; item++) {
@@ -107,17 +102,12 @@ template <int COUNT, int MATRICES> struct Rows {
             if (index >= VECTORS) continue;
             float values[WIDTH * MATRICES];
             int matrix = 0;
-            (spread<SWAP>(values, matrix++, slots[index]), ...);
+            (spread(values, matrix++, slots[index]), ...);
             auto* to = reinterpret_cast<float4*>(shared + index / (PADDED / WIDTH) * PITCH + n * MATRICES);
 #pragma unroll
             for (int i = 0; i < WIDTH * MATRICES; i += 4)
                 to[i / 4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
         }
-    }
-
-    // As stage, with neighbouring states in swapped order.
-    template <class... T> static INLINE void stage_swapped(float* shared, const Vector<T, WIDTH>*... slots) {
-        stage_<1>(shared, slots...);
     }
 
     // A lane's states at a token: `lane_rows` is shared + lane * ROW.

@@ -1,4 +1,4 @@
-"""Values and gradients of `mamba1_inner`, by the kernels of the ops that it is made of."""
+"""What a Mamba-1 mixer does between its outer projections, values and gradients, by the kernels of the ops of it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +9,17 @@ from torch.nn import functional as F
 
 from statespan.ops.causal_conv1d import _backward as conv_backward
 from statespan.ops.causal_conv1d import _forward as conv_forward
+from statespan.ops.mixer_block import Middle, of_weight
 from statespan.ops.rms_norm import _backward as norm_backward
 from statespan.ops.rms_norm import _forward as norm_forward
 from statespan.ops.selective_scan import _backward as scan_backward
+from statespan.ops.selective_scan import _fake_forward as fake_scan
 from statespan.ops.selective_scan import _forward as scan_forward
 
 
 @dataclass(frozen=True)
 class Inner:
-    """The inputs of `mamba1_inner`, in its order."""
+    """in_proj's output [x|z], and the other inputs in the op's order."""
 
     xz: Tensor
     conv_weight: Tensor
@@ -33,8 +35,12 @@ class Inner:
     initial_conv: Tensor | None
     initial_state: Tensor | None
     segments: Tensor | None
-    norm_epsilon: float
+    epsilon: float
     discretization: str
+
+    def low(self, weight: Tensor) -> Tensor:
+        """The weight in the dtype of the products."""
+        return weight.to(self.xz.dtype)
 
     def conv(self) -> tuple[Tensor, Tensor]:
         """u [b t d], and the conv's final state."""
@@ -59,7 +65,7 @@ class Inner:
 
     def _norm(self, part: Tensor, weight: Tensor | None) -> Tensor:
         assert weight is not None  # there are three of them, or none
-        return norm_forward(part, weight, self.norm_epsilon, self.x_proj.dtype, "auto")
+        return norm_forward(part, weight, self.epsilon, self.xz.dtype, "auto")
 
     def scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[Any]:
         """The scan's arguments up to the discretization; dt after dt_proj."""
@@ -68,80 +74,64 @@ class Inner:
         return [*tensors, self.initial_state, self.segments, True, self.discretization]
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the final states, and with `keep` what the backward wants: x_proj's output and the scan's states."""
-    *inputs, keep = arguments
-    inner = Inner(*inputs)
-    with torch.autocast(inner.xz.device.type, enabled=False):
-        u, final_conv = inner.conv()
-        selected = F.linear(u, inner.x_proj)
-        dt, B, C = inner.normed(selected)
-        scan = inner.scan(u, F.linear(dt, inner.dt_proj), B, C)
-        scan_arguments: list[Any] = [*scan, keep, "auto"]
-        y, final_state, starts = scan_forward(*scan_arguments)
+def forward(inner: Inner, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [b t d], the final states, and with `keep` what the backward wants: x_proj's output and the scan's states."""
+    u, final_conv = inner.conv()
+    selected = F.linear(u, inner.low(inner.x_proj))
+    dt, B, C = inner.normed(selected)
+    scan_arguments: list[Any] = [*inner.scan(u, F.linear(dt, inner.low(inner.dt_proj)), B, C), keep, "auto"]
+    y, final_state, starts = scan_forward(*scan_arguments)
     return y, final_conv, final_state, selected if keep else y.new_empty(0), starts
 
 
+def fake(inner: Inner, keep: bool) -> tuple[Tensor, ...]:
+    """What `forward` returns, empty."""
+    xz, (channels, states) = inner.xz, inner.A_log.shape
+    u, B = xz.new_empty(*xz.shape[:2], channels), xz.new_empty(*xz.shape[:2], 1, states)
+    y, final_state, starts = fake_scan(u, u, inner.A_log, B, B, None, u, None, None, None, True, "mamba", keep, "auto")
+    final_conv = xz.new_empty(xz.shape[0], inner.conv_weight.shape[1] - 1, channels)
+    return y, final_conv, final_state, xz.new_empty((*xz.shape[:2], inner.x_proj.shape[0]) if keep else 0), starts
+
+
 def backward(
-    grad_y: Tensor | None,
-    grad_conv: Tensor | None,
-    grad_state: Tensor | None,
-    selected: Tensor,
-    starts: Tensor,
-    *inputs: Any,
-) -> list[Tensor]:
-    """The gradients of the inputs that are there, in their order."""
-    inner = Inner(*inputs)
-    with torch.autocast(inner.xz.device.type, enabled=False):
-        return [
-            found for found in _gradients(inner, grad_y, grad_conv, grad_state, selected, starts) if found is not None
-        ]
-
-
-def _gradients(
     inner: Inner,
-    grad_y: Tensor | None,
+    grad_y: Tensor,
     grad_conv: Tensor | None,
     grad_state: Tensor | None,
     selected: Tensor,
     starts: Tensor,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """y [b t d] again, and the gradients of the tensors of `inner` but the segments, in their order."""
     u, final_conv = inner.conv()
     dt, B, C = inner.normed(selected)
-    scan = inner.scan(u, F.linear(dt, inner.dt_proj), B, C)
+    dt_proj = inner.low(inner.dt_proj)
+    scan = inner.scan(u, F.linear(dt, dt_proj), B, C)
     arguments: list[Any] = [grad_y, grad_state, starts, *scan, "auto"]
     grad_xz = torch.empty_like(inner.xz, memory_format=torch.contiguous_format)
     (x, _), (grad_x, grad_z) = inner.xz.chunk(2, dim=-1), grad_xz.chunk(2, dim=-1)
-    found = scan_backward(*arguments, into_z=grad_z)
+    y = torch.empty_like(u)
+    found = scan_backward(*arguments, into_z=grad_z, into_y=y)
     grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, _, grad_bias, *grad_initial = found
-    grad_rank, grad_dt_proj = _through_linear(grad_dt, dt, inner.dt_proj)
-    grad_selected, grad_norms = _through_norms(inner, selected, grad_rank, grad_B.squeeze(2), grad_C.squeeze(2))
-    rows, tokens = grad_selected.flatten(0, 1), u.flatten(0, 1)
-    grad_u = grad_u.flatten(0, 1).addmm_(rows, inner.x_proj).view(u.shape)
-    grad_x_proj = rows.T @ tokens
+    gradients = (grad_dt @ dt_proj, grad_B.squeeze(2), grad_C.squeeze(2))
+    grad_selected, grad_norms = _through_norms(inner, selected, *gradients)
+    grad_u = grad_u.flatten(0, 1).addmm_(grad_selected.flatten(0, 1), inner.low(inner.x_proj)).view(u.shape)
     grad_conv = torch.zeros_like(final_conv) if grad_conv is None else grad_conv
     conv_inputs = (x, inner.conv_weight, inner.conv_bias, inner.initial_conv)
     of_conv = conv_backward(grad_u, grad_conv, *conv_inputs, inner.segments, True, "auto", grad_x)
     _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
-    return (
+    return y, (
         grad_xz,
         grad_conv_weight,
         None if inner.conv_bias is None else grad_conv_bias,
-        grad_x_proj,
+        of_weight(grad_selected, u, inner.x_proj.dtype),
         *grad_norms,
-        grad_dt_proj,
+        of_weight(grad_dt, dt, inner.dt_proj.dtype),
         grad_bias,
         grad_A.mul_(scan[2]),
         grad_D,
         None if inner.initial_conv is None else grad_initial_conv,
-        *grad_initial,
+        *(grad_initial or [None]),
     )
-
-
-def _through_linear(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x [.. i] and weight [o i], from that of F.linear(x, weight)."""
-    rows = grad.flatten(0, 1)
-    return (rows @ weight).view(x.shape), rows.T @ x.flatten(0, 1)
 
 
 def _through_norms(inner: Inner, selected: Tensor, *gradients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -150,7 +140,22 @@ def _through_norms(inner: Inner, selected: Tensor, *gradients: Tensor) -> tuple[
         return torch.cat(gradients, dim=-1), (None, None, None)
     norms = (inner.dt_norm, inner.B_norm, inner.C_norm)
     pairs = [
-        norm_backward(gradient, None, part, norm, inner.norm_epsilon, "auto")  # type: ignore[arg-type]  # three norms
+        norm_backward(gradient, None, part, norm, inner.epsilon, "auto")  # type: ignore[arg-type]  # three norms
         for gradient, part, norm in zip(gradients, inner.split(selected), norms, strict=True)
     ]
     return torch.cat([pair[0] for pair in pairs], dim=-1), tuple(pair[1] for pair in pairs)
+
+
+MIDDLE = Middle(
+    inputs=Inner,
+    tensors=(
+        "Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor? dt_norm, Tensor? B_norm, Tensor? C_norm,"
+        " Tensor dt_proj, Tensor dt_bias, Tensor A_log, Tensor D, Tensor? initial_conv, Tensor? initial_state,"
+        " Tensor? segments"
+    ),
+    options="float epsilon, str discretization",
+    forward=forward,
+    fake=fake,
+    backward=backward,
+    num_kept=2,
+)

@@ -1,0 +1,205 @@
+# pyright: basic, reportMissingParameterType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+# Triton infers the types of kernels, and Python's reading of its language is another.
+"""Experts' matrix products of many rows in Triton, for GPUs with a copy engine for tiles (Hopper and later).
+
+A program takes tile after tile of a list that is made on the device: while it stores one, the next one's loads are on
+their way. Tiles come through tensor descriptors, which know where a matrix ends; a tile's rows behind those of its
+expert are other experts' rows, or zeros, and are not stored.
+"""
+
+import triton
+import triton.language as tl
+
+from statespan.ops.grouped_mlp.triton_kernels import activate
+
+
+@triton.jit(do_not_specialize=["tiles", "blocks_first", "blocks_second"])
+def schedule(
+    ends,
+    table,
+    counts,
+    num_experts,
+    tiles,
+    blocks_first,
+    blocks_second,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Lists of tiles for two products of the same rows: table [2 tiles 4] of expert, first place, end and block.
+
+    counts [2] says how many there are. Neighbours share weights (up to GROUP blocks of rows with the same outputs) and
+    rows.
+    """
+    second = tl.program_id(1)
+    blocks = tl.where(second == 0, blocks_first, blocks_second)
+    e = tl.arange(0, EXPERTS)
+    end = tl.load(ends + e, e < num_experts, 0)
+    begin = tl.cdiv(tl.load(ends + e - 1, (e > 0) & (e < num_experts), 0), ALIGN) * ALIGN
+    row_blocks = tl.where(e < num_experts, tl.cdiv(end - begin, ROWS), 0)
+    last = tl.cumsum(row_blocks * blocks, 0)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.sum((last[None] <= tile[:, None]).to(tl.int32), 1)
+    mine = expert[:, None] == e[None]
+    of_expert = tl.maximum(tl.sum(tl.where(mine, row_blocks[None], 0), 1), 1)
+    place = tile - tl.sum(tl.where(mine, (last - row_blocks * blocks)[None], 0), 1)
+    # Equal groups: one with a single block of rows would read all weights for itself.
+    each = tl.cdiv(of_expert, tl.cdiv(of_expert, GROUP))
+    first = place // (each * blocks) * each
+    size = tl.maximum(tl.minimum(of_expert - first, each), 1)
+    place = place % (each * blocks)
+    start = tl.sum(tl.where(mine, begin[None], 0), 1) + (first + place % size) * ROWS
+    at, there = table + (second * tiles + tile) * 4, tile < tl.minimum(tiles, tl.max(last, 0))
+    if tl.program_id(0) == 0:
+        tl.store(counts + second, tl.max(last, 0))
+    tl.store(at, expert, there)
+    tl.store(at + 1, start, there)
+    tl.store(at + 2, tl.sum(tl.where(mine, end[None], 0), 1), there)
+    tl.store(at + 3, place // size, there)
+
+
+@triton.jit
+def halves(tile, GATED: tl.constexpr):
+    """[r 2c] as two of [r c]: left and right, or gates and what they multiply, which take turns by eight.
+
+    A thread of a matrix product has both halves of a row, so that nothing is exchanged.
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    HALF: tl.constexpr = tile.shape[1] // 2
+    if GATED:
+        pairs = tl.permute(tl.reshape(tile, [ROWS, HALF // 8, 2, 8]), [0, 1, 3, 2])
+    else:
+        pairs = tl.permute(tl.reshape(tile, [ROWS, 2, HALF]), [0, 2, 1])
+    first, second = tl.split(pairs)
+    return tl.reshape(first, [ROWS, HALF]), tl.reshape(second, [ROWS, HALF])
+
+
+@triton.jit
+def finish(
+    inner, up, scale, bias, factor, kept, y, place, here, target, column, outputs, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """Scale, bias, activation, the rows' factors and stores of some columns; up is None unless it is gated."""
+    all_outputs = outputs if up is None else 2 * outputs
+    inside = column < outputs
+    mask = here[:, None] & inside[None]
+    if scale is not None:
+        inner *= tl.load(scale + column, inside, 0.0)[None]
+        if up is not None:
+            up *= tl.load(scale + outputs + column, inside, 0.0)[None]
+    if bias is not None:
+        inner += tl.load(bias + column, inside, 0.0).to(tl.float32)[None]
+        if up is not None:
+            up += tl.load(bias + outputs + column, inside, 0.0).to(tl.float32)[None]
+    if kept is not None:
+        at = kept + place.to(tl.int64)[:, None] * all_outputs + column[None]
+        tl.store(at, inner.to(kept.dtype.element_ty), mask)
+        if up is not None:
+            tl.store(at + outputs, up.to(kept.dtype.element_ty), mask)
+    value = activate(inner, up, ACTIVATION)
+    if factor is not None:
+        value *= factor[:, None]
+    value = value.to(y.dtype.element_ty)
+    tl.store(y + target.to(tl.int64)[:, None] * outputs + column[None], value, mask)
+
+
+@triton.jit
+def products_of_many(
+    rows,
+    weight,
+    scale,
+    bias,
+    order,
+    factors,
+    table,
+    count,
+    kept,
+    y,
+    inputs,
+    outputs,
+    factor_stride,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    TURNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """act(W_e x scale + bias) for the rows [places inputs] of every expert: y [places outputs].
+
+    With `order` it is y [choices outputs], each row times its choice's factor if there are factors.
+
+    weight is [e outputs inputs], TURNED [e inputs outputs], GATED [e outputs/8 2 8 inputs].
+    """
+    HALF: tl.constexpr = COLUMNS // 2
+    for tile in tl.range(tl.program_id(0), tl.load(count), tl.num_programs(0), flatten=True):
+        expert, start = tl.load(table + 4 * tile), tl.load(table + 4 * tile + 1)
+        stop, block = tl.load(table + 4 * tile + 2), tl.load(table + 4 * tile + 3)
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in tl.range(0, inputs, INPUTS, num_stages=STAGES):
+            x = rows.load([start, k])
+            if GATED:
+                w = tl.trans(tl.reshape(weight.load([expert, block * (HALF // 8), 0, 0, k]), [COLUMNS, INPUTS]))
+            elif TURNED:
+                w = tl.reshape(weight.load([expert, k, block * COLUMNS]), [INPUTS, COLUMNS])
+            else:
+                w = tl.trans(tl.reshape(weight.load([expert, block * COLUMNS, k]), [COLUMNS, INPUTS]))
+            acc = tl.dot(x, w, acc)
+
+        place = start + tl.arange(0, ROWS)
+        here = place < stop
+        target = place if order is None else tl.load(order + place, here, 0)
+        factor = None if factors is None else tl.load(factors + target * factor_stride, here, 0.0).to(tl.float32)
+        first, second = halves(acc, GATED)
+        first_output = expert * outputs * (2 if GATED else 1)
+        scales = None if scale is None else scale + first_output
+        biases = None if bias is None else bias + first_output
+        if GATED:
+            column = block * HALF + tl.arange(0, HALF)
+            finish(first, second, scales, biases, factor, kept, y, place, here, target, column, outputs, ACTIVATION)
+        else:
+            column = block * COLUMNS + tl.arange(0, HALF)
+            finish(first, None, scales, biases, factor, kept, y, place, here, target, column, outputs, ACTIVATION)
+            finish(
+                second, None, scales, biases, factor, kept, y, place, here, target, column + HALF, outputs, ACTIVATION
+            )
+
+
+@triton.jit
+def sums_of_many(
+    left,
+    right,
+    ends,
+    y,
+    num_experts,
+    left_size,
+    right_size,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y_e [left right] = sum over the expert's places of left^T right; ROWS divides ALIGN."""
+    left_blocks, right_blocks = tl.cdiv(left_size, LEFT), tl.cdiv(right_size, RIGHT)
+    blocks = left_blocks * right_blocks
+    for tile in tl.range(tl.program_id(0), num_experts * blocks, tl.num_programs(0), flatten=True):
+        expert, block = tile // blocks, tile % blocks
+        first = block // (GROUP * right_blocks) * GROUP
+        size = tl.minimum(left_blocks - first, GROUP)
+        block = block % (GROUP * right_blocks)
+        left_first, right_first = (first + block % size) * LEFT, block // size * RIGHT
+        begin = tl.cdiv(tl.load(ends + expert - 1, expert > 0, 0), ALIGN) * ALIGN
+        end = tl.load(ends + expert)
+        acc = tl.zeros([LEFT, RIGHT], tl.float32)
+        for start in tl.range(begin, tl.maximum(end, begin + 1), ROWS, num_stages=STAGES):  # no loop runs zero times
+            a, b = left.load([start, left_first]), right.load([start, right_first])
+            acc = tl.dot(tl.trans(a), b, acc)
+        acc = tl.where(begin < end, acc, 0.0)
+        row, column = left_first + tl.arange(0, LEFT), right_first + tl.arange(0, RIGHT)
+        at = y + (expert.to(tl.int64) * left_size + row[:, None]) * right_size + column[None]
+        tl.store(at, acc.to(y.dtype.element_ty), (row < left_size)[:, None] & (column < right_size)[None])

@@ -1,0 +1,102 @@
+"""The Mamba-2 half of a block, norm, mixer and residual sum, as one differentiable op."""
+
+import math
+
+from torch import Tensor
+
+from statespan.errors import UserError
+from statespan.ops.arguments import check_dim, check_shape, needs_gradients
+from statespan.ops.autocast import product_dtype
+from statespan.ops.mamba2_block import inner
+from statespan.ops.mixer_block import define_block
+
+__all__ = ["mamba2_block"]
+
+
+def mamba2_block(
+    hidden: Tensor,
+    update: Tensor | None,
+    norm: Tensor,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    gate_norm: Tensor | None,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
+    *,
+    epsilon: float,
+    num_groups: int = 1,
+    norm_size: int | None = None,
+    norm_before_gate: bool = False,
+    initial_conv: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    chunk_size: int = 256,
+    discretization: str = "mamba",
+    keep_projected: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h = hidden + update; [z|xBC|dt] = in_proj norm(h); [x|B|C] = silu(conv xBC); out_proj(norm(ssd(x, ..) silu(z))).
+
+    The Mamba-2 mixer (arXiv 2405.21060, figure 6) with the norm before it. The values are those of the ops that it is
+    made of; for the backward it keeps h, in_proj's output and ssd's, and computes the norms' and the conv's outputs
+    again. Gradients of weights are sums in their dtype.
+
+    Args:
+        hidden: [b t h], float32 as a rule. update: [b t h], float, or None.
+        norm: [h], weight of the RMS norm. in_proj: [d+c+a h] and its bias [d+c+a]; a heads, c = d + 2 g n.
+        conv_weight, conv_bias: [c k] and [c].
+        dt_bias, A_log: [a], float32; D: [a] or [a p], float32.
+        gate_norm: [d], weight of the gated RMS norm; None: the gate alone. norm_size (channels that are normalised
+            together, None: all) and norm_before_gate as in `gated_rms_norm`.
+        out_proj: [h d] and its bias [h].
+        epsilon: of both norms.
+        num_groups: g.
+        initial_conv, initial_state: [b k-1 c] and [b a p n], as in `causal_conv1d` and `ssd`.
+        segments, dt_limit, chunk_size, discretization: as in `ssd`.
+        keep_projected: whether in_proj's output is kept for the backward, or computed again.
+
+    Returns:
+        h [b t h] in hidden.dtype, out_proj's output [b t h], the conv's final state [b k-1 c], and ssd's [b a p n]
+        float32.
+
+    Raises:
+        UserError: shapes disagree.
+
+    Numerics: those of the ops; products in the weights' dtype, under autocast in its dtype.
+    """
+    op = "mamba2_block"
+    check_dim(op, "hidden", hidden, "[b t h]")
+    check_dim(op, "in_proj", in_proj, "[d+c+a h]")
+    check_dim(op, "conv_weight", conv_weight, "[c k]")
+    check_dim(op, "A_log", A_log, "[a]")
+    channels, heads = conv_weight.shape[0], A_log.shape[0]
+    size = in_proj.shape[0] - channels - heads
+    if size < 1 or size % heads or channels < size or (channels - size) % (2 * num_groups):
+        raise UserError(
+            f"{op}: in_proj gives {in_proj.shape[0]} channels, the conv takes {channels}, and there are {heads} heads"
+            f" and {num_groups} groups: d = {size} must be a multiple of the heads, and c - d one of twice the groups"
+        )
+    check_shape(op, "update", update, "[b t h]", hidden.shape)
+    check_shape(op, "norm", norm, "[h]", hidden.shape[2:])
+    check_shape(op, "in_proj", in_proj, "[d+c+a h]", (in_proj.shape[0], hidden.shape[2]))
+    check_shape(op, "dt_bias", dt_bias, "[a]", (heads,))
+    check_shape(op, "gate_norm", gate_norm, "[d]", (size,))
+    check_shape(op, "out_proj", out_proj, "[h d]", (hidden.shape[2], size))
+    norm_size = size if norm_size is None else norm_size
+    if norm_size < 1 or size % norm_size:
+        raise UserError(f"{op}: norm_size {norm_size} must divide d = {size}")
+    ends = (norm, in_proj, in_bias, out_proj, out_bias)
+    middle = (conv_weight, conv_bias, dt_bias, A_log, D, gate_norm, initial_conv, initial_state)
+    options = (num_groups, epsilon, norm_size, norm_before_gate, *dt_limit, chunk_size, discretization)
+    tensors = (hidden, update, *ends, *middle)
+    keep = (1 + keep_projected) * needs_gradients(*tensors)
+    total, out, conv, state, *_ = _mamba2_block(*tensors, segments, *options, epsilon, product_dtype(in_proj), keep)
+    return hidden if update is None else total, out, conv, state
+
+
+_mamba2_block = define_block("mamba2_block", inner.MIDDLE)

@@ -1,0 +1,154 @@
+"""What a Mamba-2 mixer does between its projections, values and gradients, by the kernels of the ops of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from statespan.ops.causal_conv1d import _backward as conv_backward
+from statespan.ops.causal_conv1d import _forward as conv_forward
+from statespan.ops.custom_op import gradients
+from statespan.ops.mixer_block import Middle
+from statespan.ops.rms_norm import _gated_forward as norm_forward
+from statespan.ops.rms_norm import gated_backward_in_block as norm_backward
+from statespan.ops.ssd import _backward as ssd_backward
+from statespan.ops.ssd import _fake_forward as fake_ssd
+from statespan.ops.ssd import _forward as ssd_forward
+
+
+@dataclass(frozen=True)
+class Inner:
+    """in_proj's output [z|xBC|dt], and the other inputs in the op's order."""
+
+    zxBCdt: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    gate_norm: Tensor | None
+    initial_conv: Tensor | None
+    initial_state: Tensor | None
+    segments: Tensor | None
+    num_groups: int
+    epsilon: float
+    norm_size: int
+    norm_before_gate: bool
+    dt_min: float
+    dt_max: float
+    chunk_size: int
+    discretization: str
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Channels of z, of x with B and C, and of dt."""
+        conv, heads = self.conv_weight.shape[0], self.A_log.shape[0]
+        return self.zxBCdt.shape[-1] - conv - heads, conv, heads
+
+    def split(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of z [b t d], x with B and C [b t c], and dt [b t h]."""
+        z, xBC, dt = self.zxBCdt.split(list(self.sizes), dim=-1)
+        return z, xBC, dt
+
+    def conv(self, xBC: Tensor) -> tuple[Tensor, Tensor]:
+        """The conv's output [b t c], and its final state."""
+        return conv_forward(xBC, self.conv_weight, self.conv_bias, self.initial_conv, self.segments, True, "auto")
+
+    def ssd(self, mixed: Tensor, dt: Tensor) -> tuple[Any, ...]:
+        """The arguments of ssd, given the conv's output."""
+        inner, conv, heads = self.sizes
+        half = (conv - inner) // 2
+        x, B, C = mixed.split([inner, half, half], dim=-1)
+        groups = (self.num_groups, half // self.num_groups)
+        tensors = (x.unflatten(-1, (heads, -1)), dt, self.A_log.exp().neg_())
+        tensors += (B.unflatten(-1, groups), C.unflatten(-1, groups), self.D, self.dt_bias, self.initial_state)
+        return *tensors, self.segments, True, self.dt_min, self.dt_max, self.chunk_size, self.discretization, "auto"
+
+    def gate(self, y: Tensor, z: Tensor) -> Tensor:
+        """norm(y silu(z)), or without a norm y silu(z)."""
+        if self.gate_norm is None:
+            return y * F.silu(z)
+        return norm_forward(y, z, self.gate_norm, self.epsilon, self.norm_size, self.norm_before_gate, "auto")
+
+    def gate_gradients(
+        self, grad: Tensor, y: Tensor, z: Tensor, into_z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gated output once more, the gradients of y and the norm's weight; that of z is written to `into_z`."""
+        if self.gate_norm is not None:
+            options = (self.epsilon, self.norm_size, self.norm_before_gate)
+            return norm_backward(grad, y, z, self.gate_norm, *options, into_z)
+        of_y, of_z = gradients(lambda y, z: (y * F.silu(z),), (y, z), (grad,))
+        assert of_y is not None and of_z is not None  # neither y nor z is None
+        into_z.copy_(of_z)
+        return self.gate(y, z), of_y, None
+
+
+def forward(inner: Inner, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gated output, the final states, and with `keep` ssd's output."""
+    z, xBC, dt = inner.split()
+    mixed, final_conv = inner.conv(xBC)
+    y, final_state = ssd_forward(*inner.ssd(mixed, dt))
+    y = y.flatten(-2)
+    return inner.gate(y, z), final_conv, final_state, y if keep else y.new_empty(0)
+
+
+def fake(inner: Inner, keep: bool) -> tuple[Tensor, ...]:
+    """What `forward` returns, empty."""
+    z, xBC, dt = inner.split()
+    _, final_state = fake_ssd(*inner.ssd(xBC, dt))
+    final_conv = z.new_empty(z.shape[0], inner.conv_weight.shape[1] - 1, xBC.shape[-1])
+    return z.new_empty(z.shape), final_conv, final_state, z.new_empty(z.shape if keep else (0,))
+
+
+def backward(
+    inner: Inner, grad_gated: Tensor, grad_conv: Tensor | None, grad_state: Tensor | None, y: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The gated output again, and the gradients of the tensors of `inner` but the segments, in their order."""
+    z, xBC, dt = inner.split()
+    grad_zxBCdt = torch.empty_like(inner.zxBCdt, memory_format=torch.contiguous_format)
+    of_z, of_xBC, of_dt = grad_zxBCdt.split(list(inner.sizes), dim=-1)
+    mixed, final_conv = inner.conv(xBC)
+    gated, grad_y, grad_norm = inner.gate_gradients(grad_gated, y, z, of_z)
+    arguments = inner.ssd(mixed, dt)
+    if grad_state is None:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        x, B = arguments[0], arguments[3]
+        grad_state = y.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=wide)
+    found = ssd_backward(grad_y.unflatten(-1, arguments[0].shape[2:]), grad_state, *arguments)
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, *grad_initial = found
+    of_dt.copy_(grad_dt)
+    grad_mixed = torch.cat([grad_x.flatten(2), grad_B.flatten(2), grad_C.flatten(2)], dim=-1)
+    grad_conv = torch.zeros_like(final_conv) if grad_conv is None else grad_conv
+    conv_inputs = (xBC, inner.conv_weight, inner.conv_bias, inner.initial_conv, inner.segments)
+    of_conv = conv_backward(grad_mixed, grad_conv, *conv_inputs, True, "auto", of_xBC)
+    _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
+    return gated, (
+        grad_zxBCdt,
+        grad_conv_weight,
+        None if inner.conv_bias is None else grad_conv_bias,
+        grad_bias,
+        grad_A.mul_(arguments[2]),
+        grad_D,
+        grad_norm,
+        None if inner.initial_conv is None else grad_initial_conv,
+        *(grad_initial or [None]),
+    )
+
+
+MIDDLE = Middle(
+    inputs=Inner,
+    tensors=(
+        "Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor? gate_norm,"
+        " Tensor? initial_conv, Tensor? initial_state, Tensor? segments"
+    ),
+    options=(
+        "int num_groups, float epsilon, int norm_size, bool norm_before_gate, float dt_min, float dt_max,"
+        " int chunk_size, str discretization"
+    ),
+    forward=forward,
+    fake=fake,
+    backward=backward,
+    num_kept=1,
+)
