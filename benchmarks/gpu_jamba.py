@@ -1,11 +1,11 @@
 """Jamba v0.1 (52B) and Mixtral 8x7B at full size on one GPU, through the serving engine's runner.
 
-    python -m benchmarks.gpu_jamba jamba [mixtral] [--mode experts_int8] [--parts decode] [--prompt 140000]
+    python -m benchmarks.gpu_jamba jamba [mixtral] [--mode experts_int8] [--parts decode] [--ends 131072:512:1]
 
-Random weights, made on the card; int8 experts, the rest in bfloat16 (`--mode int8`: linear layers too). Prefill of a
-long prompt in chunks and its continuation, decoding at several lengths and batches against the bytes that a step must
-read, the longest context that fits, and the bytes of keys and values as the allocator counts them. Keys and values of
-contexts that are only decoded from are random numbers.
+Random weights, made on the card; int8 experts, the rest in bfloat16 (`--mode int8`: linear layers too; `--mode
+bfloat16`: nothing). Prompts in chunks and their continuations from end to end, decoding at several lengths and batches
+against the bytes that a step must read, the longest context that fits, and the bytes of keys and values as the
+allocator counts them. Keys and values of contexts that are only decoded from are random numbers.
 """
 
 import argparse
@@ -29,11 +29,18 @@ from statespan.serving.runner import Chunk, Runner
 from statespan.serving.state_pool import StatePool
 
 PRESETS = {"jamba": "jamba-v0.1", "mixtral": "mixtral-8x7b"}
-BYTES_PER_S, FLOPS = 3.35e12, 989e12  # of an H100 SXM, bfloat16
+MODES = ("experts_int8", "int8", "bfloat16")
+FLOPS = 989e12  # of an H100 or H200 SXM, bfloat16
 PAGE, GIB = 64, 1 << 30
-DECODE = ((8192, 1), (131_072, 1), (8192, 16), (131_072, 4), (131_072, 16))
-PARTS = ("prefill", "decode", "longest", "bytes")
+ENDS = ("8192:512:1,4,16", "131072:512:1")
+DECODE = ("8192:1", "8192:16", "131072:1", "131072:4", "131072:8")
+PARTS = ("ends", "decode", "longest", "bytes")
 STEPS = 20
+
+
+def bytes_per_s() -> float:
+    """Of the card's memory."""
+    return 4.8e12 if "H200" in torch.cuda.get_device_name() else 3.35e12
 
 
 @dataclass
@@ -64,28 +71,67 @@ class Run:
             pool.reserve(row, num_tokens)
         return pool, Runner(self.model, pool)
 
-    def prefill(self, num_tokens: int) -> None:
-        """A prompt in chunks, then its continuation."""
-        pool, runner = self.pool(num_tokens + 2 * STEPS)
+    def warm_up(self) -> None:
+        """Kernels are compiled."""
+        runner = self.pool(2 * self.chunk)[1]
+        start = time.perf_counter()
+        for _ in range(2):
+            self.prefill(runner, 0, self.chunk)
+        self.add("first two chunks", time.perf_counter() - start, "s", "compiling included")
+
+    def prefill(self, runner: Runner, row: int, num_tokens: int) -> list[float]:
+        """A prompt in chunks: seconds of each."""
         tokens = torch.randint(0, self.model.config.vocab_size, (num_tokens,)).tolist()
-        runner.prefill([Chunk(0, tuple(tokens[: self.chunk]))])  # kernels are compiled
-        pool.clear(0)
-        pool.reserve(0, num_tokens + 2 * STEPS)
-        torch.cuda.reset_peak_memory_stats()
-        start, times, logits = time.perf_counter(), list[float](), torch.empty(0)
+        times, logits = list[float](), torch.empty(0)
         for first in range(0, num_tokens, self.chunk):
-            logits = runner.prefill([Chunk(0, tuple(tokens[first : first + self.chunk]))])
+            start = time.perf_counter()
+            logits = runner.prefill([Chunk(row, tuple(tokens[first : first + self.chunk]))])
             torch.cuda.synchronize()
-            times.append(time.perf_counter() - start - sum(times))
-        total, peak = sum(times), torch.cuda.max_memory_allocated()
+            times.append(time.perf_counter() - start)
         assert bool(logits.isfinite().all())
-        flops = sum(forward_flops(self.model.config, t) for t in range(512, num_tokens, 1024)) * 1024
-        note = f"{total:.2f} s; first chunk {times[0]:.3f} s, last {times[-1]:.3f} s; peak {peak / GIB:.1f} GiB"
+        return times
+
+    def end_to_end(self, context: int, new: int, batches: list[int]) -> None:
+        """Prompts of so many tokens and so many greedy ones after them, for each batch."""
+        pool, runner = self.pool(context + new, max(batches))
+        torch.cuda.reset_peak_memory_stats()
+        times = [self.prefill(runner, row, context) for row in range(max(batches))]
+        peak = torch.cuda.max_memory_allocated()
+        total, flops = sum(times[-1]), prompt_flops(self.model, context)
+        note = f"{total:.2f} s; first chunk {times[-1][0]:.3f} s, last {times[-1][-1]:.3f} s; peak {peak / GIB:.1f} GiB"
         note += f"; {flops / total / 1e12:.0f} of {FLOPS / 1e12:.0f} TFLOP/s"
-        self.add(f"prefill {num_tokens} in chunks of {self.chunk}", num_tokens / total, "tok/s", note)
+        self.add(f"prefill {context} in chunks of {self.chunk}", context / total, "tok/s", note)
         free = (peak - self.weights - pool.num_bytes) / GIB
         self.add(f"working memory of a chunk of {self.chunk}", free, "GiB", "beside weights and states")
-        self.time_steps(runner, 1, num_tokens, "continued: ")
+        prompts = [pool.snapshot(row) for row in range(max(batches))]
+        for batch in batches:
+            for row in range(batch):
+                pool.clear(row)
+                pool.restore(row, prompts[row])
+                pool.reserve(row, context + new)
+            self.generate(runner, batch, context, new, sum(map(sum, times[:batch])))
+        for prompt in prompts:
+            pool.release(prompt)
+
+    def generate(self, runner: Runner, batch: int, context: int, new: int, prefill_s: float) -> None:
+        """Greedy tokens after prompts that took so long."""
+        ids, start, warm = torch.zeros(batch, dtype=torch.int64, device="cuda"), 0.0, 4
+        for step in range(new):
+            if step == warm:  # the graph is captured
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+            ids = runner.decode(ids).argmax(dim=1)
+        torch.cuda.synchronize()
+        step_s = (time.perf_counter() - start) / (new - warm)
+        peak, shape = torch.cuda.max_memory_allocated() / GIB, f"{context} + {new}, batch {batch}"
+        floor_s = step_bytes(self.model, batch, context + new // 2) / bytes_per_s()
+        note = f"{step_s * 1e3:.2f} ms a step; bytes' floor {floor_s * 1e3:.2f} ms: {floor_s / step_s:.0%}"
+        self.add(f"decode of {shape}", batch / step_s, "tok/s", note)
+        least = batch * prompt_flops(self.model, context) / FLOPS + new * floor_s
+        note = (
+            f"prefill {prefill_s:.2f} s, decode {new * step_s:.2f} s; floor of both {least:.2f} s; peak {peak:.1f} GiB"
+        )
+        self.add(f"end to end {shape}", batch * new / (prefill_s + new * step_s), "tok/s", note)
 
     def decode(self, context: int, batch: int) -> None:
         pool, runner = self.pool(context + 2 * STEPS, batch)
@@ -107,7 +153,7 @@ class Run:
             torch.cuda.synchronize()
             times.append((time.perf_counter() - start) / (STEPS // 4))
         median = sorted(times)[1]
-        floor = step_bytes(self.model, batch, context) / BYTES_PER_S
+        floor = step_bytes(self.model, batch, context) / bytes_per_s()
         note = f"{median * 1e3:.2f} ms a step; bytes' floor {floor * 1e3:.2f} ms: {floor / median:.0%}"
         self.add(f"{prefix}decode at {context}, batch {batch}", batch / median, "tok/s", note, max(times) / median - 1)
 
@@ -149,7 +195,8 @@ class Run:
 def full_size(name: str, mode: str) -> LanguageModel:
     """Random weights on the card, int8 ones drawn as such, so that nothing of full precision is ever there."""
     config = preset(name)
-    model = quantize(empty_model(config, device="meta", dtype=torch.bfloat16), mode).to_empty(device="cuda")  # type: ignore[arg-type]  # a mode's name
+    model = empty_model(config, device="meta", dtype=torch.bfloat16)
+    model = (model if mode == "bfloat16" else quantize(model, mode)).to_empty(device="cuda").requires_grad_(False)  # type: ignore[arg-type]  # a mode's name
     initialize(model, config, 0, "cuda")
     for module in model.modules():
         match module:
@@ -161,6 +208,11 @@ def full_size(name: str, mode: str) -> LanguageModel:
             case nn.Module():
                 continue
     return model.eval()
+
+
+def prompt_flops(model: LanguageModel, num_tokens: int) -> float:
+    """Of a prompt's forward."""
+    return sum(forward_flops(model.config, place) for place in range(512, num_tokens, 1024)) * 1024
 
 
 def step_bytes(model: LanguageModel, batch: int, context: int) -> float:
@@ -192,31 +244,42 @@ def pretend(pool: StatePool, context: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=PRESETS)
-    parser.add_argument("--mode", default="experts_int8", choices=("experts_int8", "int8"))
+    parser.add_argument("--mode", default="experts_int8", choices=MODES)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--prompt", type=int, default=140_000)
+    parser.add_argument("--ends", nargs="+", default=ENDS, help="context:new tokens:batches")
+    parser.add_argument("--decode", nargs="+", default=DECODE, help="context:batch")
     parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--memory-gib", type=float, help="use no more of the card")
     options = parser.parse_args()
+    if options.memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory_gib * GIB / total)
     for name in options.models:
-        measure(Run(name, options.mode, options.chunk), options.parts, options.prompt)
+        run = Run(name, options.mode, options.chunk)
+        measure(run, options)
+        del run
         torch.cuda.empty_cache()
 
 
-def measure(run: Run, names: list[str], prompt: int) -> None:
-    """These parts of the table."""
+def measure(run: Run, options: argparse.Namespace) -> None:
+    """The parts of the table that were asked for."""
+    ends = [[[int(n) for n in part.split(",")] for part in end.split(":")] for end in options.ends]
+    shapes = [[int(n) for n in shape.split(":")] for shape in options.decode]
     parts: dict[str, list[Callable[[], None]]] = {
-        "prefill": [lambda: run.prefill(prompt)],
-        "decode": [lambda shape=shape: run.decode(*shape) for shape in DECODE],
+        "ends": [lambda c=c, n=n, b=b: run.end_to_end(c[0], n[0], b) for c, n, b in ends],
+        "decode": [lambda shape=shape: run.decode(*shape) for shape in shapes],
         "longest": [run.longest],
         "bytes": [lambda: run.key_value_bytes(262_144)],
     }
-    for part in (part for name in names for part in parts[name]):
+    run.warm_up()
+    for part in (part for name in options.parts for part in parts[name]):
         try:
             part()
         except torch.OutOfMemoryError as error:
             print(f"{run.name}: does not fit: {str(error).splitlines()[0][:120]}", flush=True)
         torch.cuda.empty_cache()
-    report("gpu_jamba", run.rows, ["statespan", "torch", "triton"])
+        report("gpu_jamba", run.rows, ["statespan", "torch", "triton"])
+        run.rows.clear()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Speculative decoding on the demo model: acceptance and speed beside plain decoding, at batch 1, 8 and 64.
 
     statespan demo                          # makes demo-output
-    python -m benchmarks.speculation        # trains two drafters in a minute, then measures
+    python -m benchmarks.speculation        # trains two drafters in a minute, then measures statespan.generate
+    python -m benchmarks.speculation --engine                     # the same through the serving engine
 
 The drafters are a byte model a tenth of the demo's size and a subword model (MambaByte's form), trained on the demo's
 corpus and kept in demo-output/drafters. "continue" goes on with held-out source; "repeat" has begun to say its prompt
@@ -24,10 +25,16 @@ from benchmarks.record import Row, report
 from benchmarks.timing import time_in_turns
 from statespan.generation import DraftModel, PromptLookup, Speculation, SubwordDrafter
 from statespan.generation.drafters import Drafter, feed
+from statespan.generation.options import GenerationOptions
 from statespan.layers.config import Mamba1Config
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
 from statespan.models.layer_pattern import LayerSpec
+from statespan.serving.decode import PlainDecode
+from statespan.serving.engine import Engine
+from statespan.serving.options import EngineOptions
+from statespan.serving.request import Request
+from statespan.serving.speculative import SpeculativeDecode
 from statespan.training import DataConfig, OptimizerConfig, RunConfig, TrainingConfig, train
 
 BATCHES = (1, 8, 64)
@@ -124,6 +131,55 @@ def rows_of(
         yield Row(f"demo model, {task}, batch {batch}", name, _median(values), measure.unit, spread, note)
 
 
+def engine_rows(
+    demo: Path, model: LanguageModel, drafts: dict[str, LanguageModel | None], task: str, batch: int, measure: Measure
+) -> Iterator[Row]:
+    """Tokens a second of the serving engine, all requests at once; the ways take turns."""
+    given = prompts(demo, batch, task)
+    rates: dict[str, list[float]] = {}
+    engines = {"plain": Engine(model, EngineOptions(max_rows=batch, cache_bytes=0))}
+    for name, draft in drafts.items():
+        options = EngineOptions(max_rows=batch, cache_bytes=0, num_drafts=DRAFTS[name])
+        for way, adaptive in ((name, False), (f"{name}, adaptive", True)):
+            engine = engines[way] = Engine(model, options, draft=draft)
+            assert isinstance(engine.decode, SpeculativeDecode)  # there are drafts
+            if not adaptive:
+                plain = PlainDecode(engine.runner, model.config.vocab_size, model.device)
+                engine.use(
+                    SpeculativeDecode(
+                        plain,
+                        engine.runner,
+                        num_drafts=DRAFTS[name],
+                        drafter=engine.decode.drafter,
+                        adaptive=False,
+                    )
+                )
+
+    def run(name: str, engine: Engine) -> None:
+        options = GenerationOptions(max_new_tokens=NEW, temperature=0, ignore_eos=True)
+        for prompt in given:
+            engine.submit(Request(tuple(prompt), options))
+        while len(engine.rows.active) < batch:
+            engine.step()
+        started, count = measure.clock(), 0
+        while not engine.idle:
+            count += sum(len(event.token_ids) for event in engine.step())
+        rates.setdefault(name, []).append(count / (measure.clock() - started))
+
+    time_in_turns(
+        {name: partial(run, name, engine) for name, engine in engines.items()}, repetitions=measure.repetitions
+    )
+    plain_rate = _median(rates["plain"][1:])
+    for name, (_, *values) in rates.items():  # the first one warmed up
+        note, decode = f"{_median(values) / plain_rate:.2f} x plain", engines[name].decode
+        if isinstance(decode, SpeculativeDecode):
+            found = decode.report
+            share = found.tokens / batch / (found.verify_steps + found.plain_steps)
+            note += f", {found.acceptance:.0%} of the drafts accepted, {share:.2f} tokens a row and step"
+        spread = (max(values) - min(values)) / _median(values)
+        yield Row(f"demo model, engine, {task}, batch {batch}", name, _median(values), measure.unit, spread, note)
+
+
 def costs(model: LanguageModel, name: str, batches: Sequence[int], measure: Measure) -> Iterator[Row]:
     """What a verify forward costs beside a single step."""
     for batch in batches:
@@ -150,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("demo-output"), help="folder of the demo")
     parser.add_argument("--preset", help="only what verifying costs a model of this size, with random weights")
+    parser.add_argument("--engine", action="store_true", help="measure the serving engine, not statespan.generate")
     parser.add_argument("--seconds", type=float, default=30, help="training of each drafter (default: %(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="rows (default: 1 8 64)")
     parser.add_argument("--repetitions", type=int, default=3, help="of each way (default: %(default)s)")
@@ -172,6 +229,12 @@ def main() -> None:
         "subword model": SubwordDrafter(subword),
     }
     model = statespan.load(demo / "checkpoint")
+    if arguments.engine:
+        drafts = {"look-up": None, "draft model": small, "subword model": subword}
+        for batch in arguments.batch:
+            for task in ("continue", "repeat"):
+                report("speculation", [*engine_rows(demo, model, drafts, task, batch, measure)], packages)
+        return
     for batch in arguments.batch:
         for task in ("continue", "repeat"):
             report("speculation", [*rows_of(demo, model, drafters, task, batch, measure)], packages)

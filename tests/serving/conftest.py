@@ -36,14 +36,14 @@ FAMILIES: dict[str, tuple[tuple[str, ...], AttentionConfig]] = {
     "hybrid": (("mamba1+moe", "attention+mlp", "mamba2+moe", "mlp", "attention"), PLAIN),
     "attention": (
         ("attention+mlp", "attention"),
-        AttentionConfig(num_heads=4, num_kv_heads=2, rope_theta=100.0, conv_kernel=3),
+        AttentionConfig(num_heads=4, num_kv_heads=2, rope_theta=100.0, conv_kernel=3, learned_positions=4096),
     ),
     "window": (
         ("attention+mlp", "mamba1", "attention"),
         AttentionConfig(num_heads=4, rope_theta=100.0, sliding_window=7),
     ),
     "recurrent": (("lstm+mlp", "gru"), PLAIN),
-    "time invariant": (("s4+mlp", "s4d", "lssl"), PLAIN),
+    "time invariant": (("s4+mlp", "s4d", "lssl", "s6"), PLAIN),
 }
 
 

@@ -18,6 +18,7 @@ from statespan.serving.constraint import Constraint, GrammarError, Vocabulary
 from statespan.serving.engine import Engine
 from statespan.serving.options import EngineOptions
 from statespan.serving.request import Request
+from statespan.serving.tool_calls import MARKERS, CallFormat, ToolCall, ToolCallParser
 
 SCHEMAS = [
     {"type": "boolean"},
@@ -177,6 +178,44 @@ def test_without_an_end_token_a_finished_text_ends():
     assert not constraint.finished and constraint.mask().nonzero().flatten().tolist() == [ord("b")]
     constraint.accept(ord("b"))
     assert constraint.finished and not constraint.mask().any()
+
+
+CLOSED = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}'
+CALLS = (("add", CLOSED), ("now", '{"type": "object", "additionalProperties": false}'))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("markers", MARKERS, ids=str)
+def test_a_random_model_writes_calls_only(markers, several, kind):
+    """What comes is read by the parser of replies, and is what the functions' schemas say."""
+    found: list[tuple[ToolCall, ...]] = []
+    for text in texts(Vocabulary(*kind).tool_calls(CallFormat(markers, CALLS, several)), kind, count=12):
+        parser = ToolCallParser(markers)
+        rest, calls = parser.push(text), parser.finish()
+        assert (rest + calls[0]).strip() == "" and calls[1]
+        assert {call.name for call in calls[1]} <= {"add", "now"}
+        assert all(json.loads(c.arguments)["a"] in (1, 2) for c in calls[1] if c.name == "add")
+        found.append(tuple(calls[1]))
+    assert len(found) > 2 and (several or {len(calls) for calls in found} == {1})
+
+
+def test_marks_that_are_special_tokens_are_these_tokens():
+    tokenizer = byte_pairs()
+    tokenizer.backend.add_special_tokens(["<tool_calls>", "</tool_calls>"])
+    size = tokenizer.backend.get_vocab_size()
+    opening, closing = map(tokenizer.backend.token_to_id, MARKERS[0])
+    constraint = Vocabulary(tokenizer, size).tool_calls(CallFormat(MARKERS[0], (("f", '{"maxProperties": 0}'),)))
+    assert constraint.mask().nonzero().flatten().tolist() == [opening]
+    for token in (opening, *tokenizer.backend.encode('[{"name": "f", "arguments": {}}]').ids):
+        constraint.accept(token)
+    assert constraint.mask()[closing] and not constraint.finished
+    constraint.accept(closing)
+    assert constraint.finished
+
+
+def test_a_function_nobody_can_call():
+    with pytest.raises(GrammarError, match="schema of a function's parameters cannot be used"):
+        Vocabulary(ByteTokenizer(), 256).tool_calls(CallFormat(MARKERS[1], (("f", '{"type": 1}'),)))
 
 
 def test_forks_go_their_own_ways():

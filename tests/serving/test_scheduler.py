@@ -15,6 +15,7 @@ class Prompt:
     priority: int = 0
     num_absorbed: int = 0
     snapshots_at: list[int] = field(default_factory=list)
+    awaited_at: int = 0
 
     @property
     def num_to_prefill(self) -> int:

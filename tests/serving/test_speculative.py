@@ -77,7 +77,7 @@ def requests_and_truth(model, count: int = 7):
 
 def test_tokens_are_those_of_each_request_alone(model, monkeypatch):
     requests, truth = requests_and_truth(model)
-    monkeypatch.setattr("statespan.serving.speculative.TextIndex", Foreseen)
+    monkeypatch.setattr("statespan.serving.drafters.TextIndex", Foreseen)
     Foreseen.known = tuple((*r.prompt, *truth[f"{r.id}.0"]) for r in requests)
     engine = engine_with_drafts(model, max_rows=4)
     assert run(engine, requests) == truth
@@ -88,7 +88,7 @@ def test_tokens_are_those_of_each_request_alone(model, monkeypatch):
 
 def test_the_prefix_cache_gets_true_states(model, monkeypatch):
     """The next turn starts from what a reply left behind, also where the row lagged or ran beyond the end."""
-    monkeypatch.setattr("statespan.serving.speculative.TextIndex", Foreseen)
+    monkeypatch.setattr("statespan.serving.drafters.TextIndex", Foreseen)
     for number in range(6):
         prompt = [7 + number, 3, 9, 4]
         first = generate(model, prompt, max_new_tokens=24, temperature=0, ignore_eos=True).token_ids
@@ -107,7 +107,7 @@ def test_the_prefix_cache_gets_true_states(model, monkeypatch):
 def test_samples_of_one_prompt(hybrid, monkeypatch):
     model, options = lively(hybrid), {"max_new_tokens": 20, "ignore_eos": True, "temperature": 0.9}
     texts = [generate(model, [4, 5, 6], seed=8 + index, **options).token_ids for index in range(3)]
-    monkeypatch.setattr("statespan.serving.speculative.TextIndex", Foreseen)
+    monkeypatch.setattr("statespan.serving.drafters.TextIndex", Foreseen)
     Foreseen.known = tuple((4, 5, 6, *text) for text in texts)
     found = run(
         engine_with_drafts(model), [Request((4, 5, 6), GenerationOptions(seed=8, **options), id="n", num_samples=3)]
@@ -129,7 +129,7 @@ def test_lookup_and_pace_in_earnest(hybrid):
 
 def test_cancelled_rows_leave_the_others_alone(model, monkeypatch):
     requests, truth = requests_and_truth(model, 6)
-    monkeypatch.setattr("statespan.serving.speculative.TextIndex", Foreseen)
+    monkeypatch.setattr("statespan.serving.drafters.TextIndex", Foreseen)
     Foreseen.known = tuple((*r.prompt, *truth[f"{r.id}.0"]) for r in requests)
     engine = engine_with_drafts(model, max_rows=6)
     for request in requests:

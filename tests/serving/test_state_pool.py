@@ -105,9 +105,11 @@ class Program:
         held = [pool.pages_of(row) for row in range(ROWS)]
         everybody = [page for pages in (*held, *(snapshot.pages for _, snapshot in self.kept)) for page in pages]
         assert [pool.pages.holders(page) for page in range(PAGES)] == [everybody.count(page) for page in range(PAGES)]
-        writable = [page for row in range(ROWS) for page in held[row][pool.num_tokens[row] // PAGE_SIZE :]]
+        gone = [pool.pages_for(count) - pool.pages_seen(count) for count in pool.num_tokens]
+        num_full = [max(0, count // PAGE_SIZE - first) for count, first in zip(pool.num_tokens, gone, strict=True)]
+        writable = [page for row in range(ROWS) for page in held[row][num_full[row] :]]
         assert len(set(writable)) == len(writable)
-        full = {page for row in range(ROWS) for page in held[row][: pool.num_tokens[row] // PAGE_SIZE]}
+        full = {page for row in range(ROWS) for page in held[row][: num_full[row]]}
         assert not full & set(writable)
 
 
@@ -134,6 +136,37 @@ def test_rows_equal_forward_from_scratch(family: LanguageModel, program: list[tu
     for _, snapshot in run.kept:
         run.pool.release(snapshot)
     assert run.pool.pages.num_free == PAGES - 1
+
+
+def test_pages_behind_a_window_are_let_go(family: LanguageModel) -> None:
+    """A window of 7 tokens: after 29 tokens the next one sees slots 23 to 28, on pages 5, 6 and 7."""
+    window = family.config.attention.sliding_window
+    pool = StatePool(family, 3, 60, PAGE_SIZE)
+    if not pool.pages_for(1):
+        return
+    runner = Runner(family, pool)
+    tokens = [5 * i % 61 for i in range(60)]
+    runner.prefill([Chunk(0, tuple(tokens[:29]))])
+    held = 3 if window else 8
+    assert len(pool.pages_of(0)) == pool.pages_seen(29) == held and pool.pages.num_free == 59 - held
+    snapshot = pool.snapshot(0)
+    assert len(snapshot.pages) == held
+    pool.move(0, 1)
+    pool.fork(1, 0)
+    assert pool.pages.num_free == 59 - held - 1  # the last page, which is copied
+    pool.reserve(0, 60)
+    for token in tokens[29:59]:
+        runner.decode([token])
+    assert len(pool.pages_of(0)) == (pool.pages_seen(59) if window else 15)
+    logits = runner.decode(tokens[59:])
+    with torch.inference_mode():
+        expected = family(torch.tensor([tokens], device=family.device)).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    pool.clear(0)
+    pool.clear(1)
+    assert pool.pages.num_free == 59 - held
+    pool.release(snapshot)
+    assert pool.pages.num_free == 59
 
 
 def test_bytes_are_those_of_the_tensors(hybrid: LanguageModel) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEYS = "STATESPAN_API_KEYS"
+DRAFTS = 6  # a step, where a draft model is given
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -64,7 +65,10 @@ def _add_engine(group: Any) -> None:
     group.add_argument("--max-rows", type=positive_int, default=64, metavar="N", help="sequences at once (default: 64)")
     group.add_argument("--prefill-tokens", type=positive_int, default=2048, metavar="N", help="a step (default: 2048)")
     group.add_argument(
-        "--num-drafts", type=int, default=0, metavar="N", help="speculate by prompt look-up (default: 0)"
+        "--num-drafts", type=positive_int, metavar="N", help="speculate: tokens a step, found in the text (default: 0)"
+    )
+    group.add_argument(
+        "--draft", metavar="MODEL", help="drafted by a smaller model, or a subword one for bytes (6 tokens a step)"
     )
     group.add_argument("--page-bytes", type=num_bytes, metavar="N", help="for keys and values (default: what is free)")
     group.add_argument("--cache-bytes", type=num_bytes, default=1 << 30, metavar="N", help="prefix cache (default: 1G)")
@@ -134,7 +138,7 @@ def engine_options(arguments: argparse.Namespace) -> "EngineOptions":
         page_budget_bytes=arguments.page_bytes,
         max_waiting=arguments.max_waiting,
         prefill_tokens=arguments.prefill_tokens,
-        num_drafts=arguments.num_drafts,
+        num_drafts=arguments.num_drafts or (0 if arguments.draft is None else DRAFTS),
         cache_bytes=arguments.cache_bytes,
         spill_bytes=arguments.spill_bytes,
         spill_dir=arguments.spill_dir,
@@ -190,10 +194,12 @@ def _service(arguments: argparse.Namespace, path: Path, options: "ServerOptions"
 
     template = find_chat_template(path, arguments.chat_template)
     usable_device(arguments.device)
-    source = ModelSource(path, arguments.device, arguments.dtype, arguments.quantize)
+    draft = None if arguments.draft is None else checkpoint_path(arguments.draft)
+    source = ModelSource(path, arguments.device, arguments.dtype, arguments.quantize, draft)
     if arguments.replicas == 1:
         model = source.load()
-        backend, config, tokenizer = LocalBackend(model, engine_options(arguments)), model.config, model.tokenizer
+        backend = LocalBackend(model, engine_options(arguments), source.load_draft())
+        config, tokenizer = model.config, model.tokenizer
     else:
         from statespan.checkpoints.identify import identify
         from statespan.checkpoints.tokenizer import find_tokenizer

@@ -1,16 +1,19 @@
 """Admission: what a request must be, and what memory it gets before it may start."""
 
 import math
+from bisect import insort
 from collections.abc import Sequence
 
 from statespan.models.language_model import LanguageModel
 from statespan.serving.job import Job
 from statespan.serving.options import EngineOptions
-from statespan.serving.prefix_cache import Match, Node, PrefixCache
+from statespan.serving.prefix_cache import Match, Node, PrefixCache, common_length
 from statespan.serving.request import Request, RequestRefused
 from statespan.serving.rows import Rows
 from statespan.serving.scheduler import snapshot_places
 from statespan.serving.state_pool import Snapshot
+
+WORTH_WAITING = 16  # tokens that a snapshot of a prompt being absorbed must save
 
 
 class Admission:
@@ -91,6 +94,31 @@ class Admission:
             return False
         return self._cache.free_pages(pages, keep)
 
+    def awaits(self, job: Job) -> bool:
+        """Whether a prompt that begins like the job's is being absorbed, and will leave a snapshot to go on from."""
+        if self._cache is None or not job.request.reuse:
+            return False
+        leader = job.leader
+        if leader is None or leader.row < 0 or leader.num_absorbed >= job.leader_at:
+            job.leader = self._leader(job, self._cache)
+        return job.leader is not None
+
+    def _leader(self, job: Job, cache: PrefixCache) -> Job | None:
+        """Who will get furthest along the job's prompt and is not there yet; told to take a snapshot there."""
+        found, furthest = None, cache.match(job.tokens, len(job.tokens) - 1).num_tokens + WORTH_WAITING - 1
+        for other in self._rows.prefilling:
+            if not other.request.reuse or other.request.priority < job.request.priority:
+                continue
+            place = min(common_length(job.tokens, other.tokens), len(job.tokens) - 1, len(other.tokens) - 1)
+            num_bytes = self._pool.row_bytes + self._pool.pages_seen(place) * self._pool.page_bytes
+            if place > max(furthest, other.num_absorbed) and num_bytes <= cache.max_bytes:
+                found, furthest = other, place
+        if found is not None:
+            job.leader_at, found.awaited_at = furthest, max(furthest, found.awaited_at)
+            if furthest not in found.snapshots_at:
+                insort(found.snapshots_at, furthest)
+        return found
+
     def start(self, job: Job) -> bool:
         """Set a row to the longest known prefix of the prompt; False where there is no room yet."""
         request, limit = job.request, len(job.request.prompt) - 1
@@ -111,7 +139,7 @@ class Admission:
 
     def _fetch(self, cache: PrefixCache, node: Node, request: Request) -> Snapshot | None:
         """The snapshot of a node, with room for the request beside it; None where that cannot be."""
-        own = self._pool.pages_for(node.depth) if node.snapshot is None else 0  # to bring it back
+        own = self._pool.pages_seen(node.depth) if node.snapshot is None else 0  # to bring it back
         if not self.room(own + self._pages_for(request, self._full_pages(node.depth)), keep=node):
             return None
         return cache.fetch(node)

@@ -24,14 +24,16 @@ from statespan.serving.metrics import EngineMetrics
 from statespan.serving.options import EngineOptions
 from statespan.serving.request import Event, Request
 from statespan.serving.scoring import score
+from statespan.serving.tool_calls import CallFormat
 
 
 @dataclass(frozen=True)
 class Grammar:
     """What a reply must look like, as text: a constraint that can be sent to another process."""
 
-    kind: Literal["json_object", "json_schema", "regex"]
+    kind: Literal["json_object", "json_schema", "regex", "tool_calls"]
     text: str = ""  # the schema's JSON, or the pattern
+    calls: CallFormat | None = None  # of "tool_calls"
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,19 @@ class ModelSource:
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored
     quantize: Quantization | None = None
+    draft: Path | None = None  # the checkpoint of a model that drafts for it
 
     def load(self) -> LanguageModel:
         """The model, as `statespan.load` gives it."""
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return load(self.path, device=self.device, dtype=dtype, quantize=self.quantize)
+        return load(self.path, device=self.device, dtype=self._dtype, quantize=self.quantize)
+
+    def load_draft(self) -> LanguageModel | None:
+        """The model that drafts, on the same device."""
+        return None if self.draft is None else load(self.draft, device=self.device, dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
 
 class Events(Protocol):
@@ -108,11 +118,14 @@ class LocalBackend:
     Args:
         model: served from now on; nobody else may use it meanwhile but through `engine.call`.
         options: of the engine.
+        draft: drafts for it, see Engine.
     """
 
-    def __init__(self, model: LanguageModel, options: EngineOptions = EngineOptions()) -> None:
+    def __init__(
+        self, model: LanguageModel, options: EngineOptions = EngineOptions(), draft: LanguageModel | None = None
+    ) -> None:
         self.model = model
-        self.engine = AsyncEngine(Engine(model, options))
+        self.engine = AsyncEngine(Engine(model, options, draft=draft))
         self._lock = Lock()
 
     @property
@@ -120,6 +133,7 @@ class LocalBackend:
         return self.engine.running
 
     async def start(self) -> None:
+        await asyncio.to_thread(self.engine.engine.warm_up)
         self.engine.start()
 
     async def stream(self, request: Request, *, grammar: Grammar | None = None, session: str | None = None) -> Events:
@@ -153,6 +167,9 @@ class LocalBackend:
                 constraint = vocabulary.json_schema(grammar.text)
             case "regex":
                 constraint = vocabulary.regex(grammar.text)
+            case "tool_calls":
+                assert grammar.calls is not None  # it comes with its kind
+                constraint = vocabulary.tool_calls(grammar.calls)
         constraint.mask()  # raises where no text fulfils it
         return constraint
 

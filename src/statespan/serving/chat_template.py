@@ -10,7 +10,12 @@ from statespan.errors import CheckpointError, UserError, first_line
 
 # For models without a template: plain text that a base model can go on with.
 PLAIN = (
-    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n\n{% endfor %}"
+    "{% if tools %}Functions: {{ tools | tojson }}\n"
+    'Call one by <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>\n\n{% endif %}'
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>"
+    '{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}'
+    "</tool_call>{% endfor %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 TEMPLATE, SETTINGS, ADDITIONAL = "chat_template.jinja", "tokenizer_config.json", "additional_chat_templates"

@@ -3,6 +3,8 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +14,10 @@ from torch import Tensor
 from statespan.checkpoints.tokenizer import ByteTokenizer, FileTokenizer
 from statespan.errors import UserError, first_line
 from statespan.models.language_model import Tokenizer
+from statespan.serving.tool_calls import LISTS, CallFormat, special_token
 
-# Space between the parts of a JSON text. Bounded: a model must not be able to write spaces for ever.
-WHITESPACE = r"[ \n\t]{1,32}"
+# Space between the parts of a JSON text, as people write it: a model must not fill its reply with spaces.
+WHITESPACE = r" |\n[ \t]{0,16}"
 BYTES = [bytes([value]) for value in range(256)]
 
 
@@ -62,7 +65,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, ...] = ()) -> None:
-        self._library = _library()
+        self._library, self._tokenizer = _library(), tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = tuple(eos for eos in {*eos_ids, *tokenizer.eos_ids} if eos < vocab_size)
         tokens, encode = _as_text(self._library, tokenizer)
@@ -74,7 +77,7 @@ class Vocabulary:
         self._tokens = self._library.LLTokenizer(wrapper, n_vocab=vocab_size + 1)
 
     def json_schema(self, schema: Mapping[str, Any] | str) -> Constraint:
-        """JSON text that is valid under `schema`, an object or its text; at most 32 characters of space in a place.
+        """JSON text that is valid under `schema`, an object or its text; its parts stand at most a line apart.
 
         Raises:
             GrammarError: it is no schema, nothing fulfils it, or it has keywords that are not supported.
@@ -102,6 +105,17 @@ class Vocabulary:
             GrammarError: the pattern cannot be read.
         """
         return self._constraint(self._library.LLMatcher.grammar_from_regex(pattern), "regular expression")
+
+    def tool_calls(self, calls: CallFormat) -> Constraint:
+        """Calls of functions and nothing else.
+
+        Raises:
+            GrammarError: the arguments' schema of a function cannot be used.
+        """
+        if not self._eos_ids and calls.markers[0] not in LISTS:
+            calls = replace(calls, several=False)  # nothing would say which is the last one
+        grammar = calls.grammar(WHITESPACE, partial(special_token, self._tokenizer))
+        return self._constraint(grammar, "JSON schema of a function's parameters")
 
     def _constraint(self, grammar: str, kind: str) -> Constraint:
         limits = self._library.LLParserLimits(verbose_errors=False)

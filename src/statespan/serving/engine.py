@@ -12,6 +12,7 @@ from statespan.errors import UserError, first_line
 from statespan.models.language_model import LanguageModel, Tokenizer
 from statespan.serving.admission import Admission
 from statespan.serving.decode import Decode, Failed, PlainDecode
+from statespan.serving.drafters import drafter_of
 from statespan.serving.job import Job, Sample
 from statespan.serving.metrics import EngineMetrics
 from statespan.serving.options import EngineOptions, num_pages
@@ -19,7 +20,7 @@ from statespan.serving.prefix_cache import PrefixCache
 from statespan.serving.request import Event, FinishReason, QueueFull, Request, RequestRefused
 from statespan.serving.rows import Rows
 from statespan.serving.runner import Chunk, Runner
-from statespan.serving.scheduler import Queue, plan_prefill
+from statespan.serving.scheduler import CANDIDATES, MOST_HELD_UP, MOST_PASSED, Queue, plan_prefill
 from statespan.serving.speculative import SpeculativeDecode
 from statespan.serving.spill import SpillStore, model_identity
 from statespan.serving.state_pool import StatePool
@@ -36,9 +37,11 @@ class Engine:
         model: set to evaluation; nothing else may use it while the engine steps.
         options: limits.
         tokenizer: instead of `model.tokenizer`; without one events carry no text.
+        draft: a smaller model that drafts `options.num_drafts` tokens a step: of the same vocabulary, or a subword
+            model for a byte model. None: drafts come from the text itself.
 
     Raises:
-        UserError: options that cannot be, or a folder to spill to that cannot be used.
+        UserError: options that cannot be, a folder to spill to that cannot be used, or a draft model that does not fit.
 
     Example:
         >>> import statespan
@@ -53,16 +56,20 @@ class Engine:
     """
 
     def __init__(
-        self, model: LanguageModel, options: EngineOptions = EngineOptions(), tokenizer: Tokenizer | None = None
+        self,
+        model: LanguageModel,
+        options: EngineOptions = EngineOptions(),
+        tokenizer: Tokenizer | None = None,
+        draft: LanguageModel | None = None,
     ) -> None:
         self.model, self.options = model.eval(), options
         self.tokenizer = tokenizer or model.tokenizer
-        self.pool = StatePool(model, options.max_rows + 1, num_pages(model, options), options.page_size)
+        self.pool = StatePool(model, options.max_rows + 1, num_pages(model, options, draft), options.page_size)
         self.runner = Runner(model, self.pool)
         self.rows = Rows(self.pool)
         self.cache = self._new_cache()
         self._admission = Admission(model, options, self.rows, self.cache, has_text=self.tokenizer is not None)
-        self.use(self._new_decode())
+        self.use(self._new_decode(draft))
         self._queue: Queue[Job] = Queue()
         self._counts: Counter[str] = Counter()  # of EngineMetrics
         self._finished: Counter[str] = Counter()  # samples by reason
@@ -71,6 +78,7 @@ class Engine:
         self._arrived: deque[Job] = deque()
         self._cancelled: set[str] = set()
         self._ids: set[str] = set()  # requests that have not ended
+        self._dated: set[Job] = set()  # of these, those with a deadline
         self._closed = False
 
     def _new_cache(self) -> PrefixCache | None:
@@ -83,15 +91,30 @@ class Engine:
             spill = SpillStore(identity, options.spill_bytes, options.spill_dir, options.spill_dir_bytes)
         return PrefixCache(self.pool, options.cache_bytes, spill)
 
-    def _new_decode(self) -> Decode:
-        plain = PlainDecode(self.runner, self.model.config.vocab_size, self.model.device)
-        if self.options.num_drafts == 0:
+    def _new_decode(self, draft: LanguageModel | None) -> Decode:
+        device, plain_only = self.model.device, self.options.num_drafts == 0
+        ahead = plain_only and device.type == "cuda"
+        plain = PlainDecode(self.runner, self.model.config.vocab_size, device, ahead=ahead)
+        if plain_only and draft is not None:
+            raise UserError("a draft model needs EngineOptions.num_drafts of at least 1")
+        if plain_only:
             return plain
-        return SpeculativeDecode(plain, self.runner, num_drafts=self.options.num_drafts)
+        drafter = None if draft is None else drafter_of(draft, self.model, self.options, self.pool.pages.num_pages)
+        return SpeculativeDecode(plain, self.runner, num_drafts=self.options.num_drafts, drafter=drafter)
 
     def use(self, decode: Decode) -> None:
         """Decode by another step from now on. Nothing may be running."""
         self.decode, self._admission.extra_tokens = decode, decode.extra_tokens
+
+    def warm_up(self) -> None:
+        """On a GPU, compile kernels and capture graphs now, before somebody waits for them. Nothing may be running."""
+        if self.model.device.type != "cuda":
+            return
+        row, room = self.rows.spare, (self.pool.pages.num_pages - 1) * self.pool.page_size
+        for length in (self.options.prefill_tokens, 1):
+            self.runner.absorb([Chunk(row, (0,) * (min(length, room) if self.pool.pages_for(1) else length))])
+            self.pool.clear(row)
+        self.runner.warm_up()
 
     def submit(self, request: Request) -> None:
         """Put a request in the queue. Any thread may call this.
@@ -203,9 +226,14 @@ class Engine:
         """Take what came from other threads; end what was cancelled or is late."""
         with self._lock:
             while self._arrived:
-                self._queue.add(self._arrived.popleft())
+                job = self._arrived.popleft()
+                self._queue.add(job)
+                if job.request.deadline_s is not None:
+                    self._dated.add(job)
             cancelled, self._cancelled = self._cancelled, set()
         events: list[Event] = []
+        if not cancelled and not any(job.expired for job in self._dated):
+            return events
         for job in [*self._queue, *self._running()]:
             if job.request.id in cancelled:
                 events += self._end(job, "cancelled")
@@ -214,17 +242,26 @@ class Engine:
         return events
 
     def _admit(self) -> list[Event]:
-        """Give rows and pages to the next jobs of the queue, as long as there are enough."""
+        """Give rows and pages to the next jobs of the queue; one that finds too little lets a few others pass."""
         events: list[Event] = []
-        while self._queue and self._queue[0].request.num_samples <= self.rows.num_free:
-            job = self._queue[0]
+        held_up: list[Job] = []
+        for job in self._queue[:CANDIDATES]:
+            overdue = any(other.times_passed >= MOST_PASSED for other in held_up)
+            if overdue or not self.rows.num_free or len(held_up) == MOST_HELD_UP:
+                break
             try:
-                if not self._admission.start(job):
-                    break
+                if self._admission.awaits(job):
+                    continue
+                started = job.request.num_samples <= self.rows.num_free and self._admission.start(job)
             except Exception as error:
                 events += self._fail([job], error)
-            else:
-                self._queue.pop(0)
+                continue
+            if not started:
+                held_up.append(job)
+                continue
+            self._queue.remove(job)
+            for other in held_up:
+                other.times_passed += 1
         return events
 
     def _prefill(self) -> list[Event]:
@@ -281,6 +318,8 @@ class Engine:
             return self._fail(dict.fromkeys(sample.job for sample in samples), error)
         events: list[Event] = []
         for sample, outcome in zip(samples, outcomes, strict=True):
+            if outcome == []:
+                continue
             try:
                 event = sample.end("error", outcome.error) if isinstance(outcome, Failed) else sample.extend(outcome)
             except Exception as error:  # of a tokenizer or a constraint
@@ -294,7 +333,7 @@ class Engine:
     def _finish(self, sample: Sample, reason: FinishReason) -> None:
         """A sample ended; what it absorbed may be the beginning of the next turn."""
         absorbed = self.pool.num_tokens[sample.row]  # with speculation it may lag, or hold tokens after the end
-        sound = reason in ("stop", "eos", "length") and absorbed < len(sample.token_ids)
+        sound = reason in ("stop", "eos", "length") and absorbed <= len(sample.token_ids)
         if sound and sample.job.request.reuse and sample.num_new > 1:
             self._remember(sample.row, sample.token_ids[:absorbed])
         self.rows.leave(sample)
@@ -304,6 +343,7 @@ class Engine:
         self._finished[reason] += 1
         job.num_open -= 1
         if job.num_open == 0:
+            self._dated.discard(job)
             with self._lock:
                 self._ids.discard(job.request.id)
                 self._cancelled.discard(job.request.id)

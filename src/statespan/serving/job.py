@@ -2,9 +2,12 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from statespan.generation.batch import TokenLogprob
@@ -40,6 +43,10 @@ class Job:
     cached_tokens: int = 0  # of these, from the prefix cache
     snapshots_at: list[int] = field(default_factory=list[int])  # where the prefill stops for a snapshot, ascending
     pages_promised: int = 0  # for the other samples' rows, until these are forked
+    times_passed: int = 0  # later jobs that started while this one's memory was not free
+    leader: "Job | None" = None  # while this one waits in the queue for a snapshot of that one's prompt
+    leader_at: int = 0  # after so many tokens
+    awaited_at: int = 0  # tokens of the prompt after which others go on from a snapshot
     num_open: int = 0  # samples that have not ended
 
     def __post_init__(self) -> None:
@@ -60,6 +67,11 @@ class Job:
     def num_tokens(self) -> int:
         """Of prompt and reply, at most."""
         return len(self.request.prompt) + self.request.options.max_new_tokens
+
+    @cached_property
+    def tokens(self) -> NDArray[np.int32]:
+        """The prompt."""
+        return np.asarray(self.request.prompt, np.int32)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -95,10 +107,9 @@ class Sample:
         if request.logit_bias:
             ids, values = list(request.logit_bias), list(request.logit_bias.values())
             self.bias = torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device)
-        self.seen: Tensor | None = None  # [v] bool: tokens under the repetition penalty
-        if self.options.repetition_penalty != 1:
-            self.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
-            self.seen[torch.tensor(request.prompt, device=device)] = True
+        self.history = self.options.history((1, model.config.vocab_size), device)  # for the penalties, if any
+        if self.history is not None:
+            self.history.begin([request.prompt])
         eos_ids = (*model.config.eos_token_ids, *(() if tokenizer is None else tokenizer.eos_ids))
         self._eos_ids = frozenset[int]() if self.options.ignore_eos else frozenset(eos_ids)
         self._decoder = None if tokenizer is None else TextDecoder(tokenizer, request.prompt)
@@ -113,7 +124,7 @@ class Sample:
     @property
     def adjusts(self) -> bool:
         """Whether its logits are changed before a token is chosen."""
-        return not (self.bias is None and self.constraint is None and self.seen is None)
+        return not (self.bias is None and self.constraint is None and self.history is None)
 
     def extend(self, chosen: list[Chosen]) -> Event:
         """Take over the tokens of a step, up to the one that ends the reply."""
@@ -140,8 +151,8 @@ class Sample:
             self._first_token_s = time.monotonic() - self.job.submitted_s
         self.num_new += 1
         self.token_ids.append(token_id)
-        if self.seen is not None:
-            self.seen[token_id] = True
+        if self.history is not None:
+            self.history.add_token(0, token_id)
         text, reason = "", self._stop_reason(token_id)
         if self._decoder is not None and reason is None:
             text = self._stops.push(self._decoder.push(token_id))

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from statespan.errors import UserError
+from statespan.layers.moe import Int8Experts
 from statespan.models.accounting import forward_bytes, kv_bytes_per_token, state_bytes
 from statespan.models.language_model import LanguageModel
+from statespan.ops.grouped_mlp.experts import WIDENED
 from statespan.serving.state_pool import padded_rows
 
 CPU_BYTES = 1 << 30  # for keys and values where nothing is said
@@ -33,6 +35,8 @@ def plan_memory(
     prefill_tokens: int,
     cache_bytes: int = 0,
     page_budget_bytes: int | None = None,
+    draft: LanguageModel | None = None,
+    num_drafts: int = 0,
 ) -> MemoryPlan:
     """Divide the memory that is free now.
 
@@ -43,6 +47,8 @@ def plan_memory(
         prefill_tokens: of one forward.
         cache_bytes: kept for snapshots.
         page_budget_bytes: for keys and values. None: on a GPU all that is left, elsewhere 1 GiB.
+        draft: a model that drafts for it, in its place. It has as many pages.
+        num_drafts: tokens that it drafts in a step; its rows are kept before and after each.
 
     Raises:
         UserError: on a GPU, where no page is left.
@@ -54,10 +60,14 @@ def plan_memory(
         127
     """
     config, item = model.config, model.dtype.itemsize
-    rows = padded_rows(num_rows, model.device) * state_bytes(config, item)
-    working = forward_bytes(config, prefill_tokens, item)
+    row, token = state_bytes(config, item), kv_bytes_per_token(config, item)
+    if draft is not None:
+        row += (num_drafts + 3) * state_bytes(draft.config, draft.dtype.itemsize)
+        token += kv_bytes_per_token(draft.config, draft.dtype.itemsize)
+    rows = padded_rows(num_rows, model.device) * row
+    working = forward_bytes(config, prefill_tokens, item) + widened_bytes(model, prefill_tokens)
     # A page, and its place in the table of each row.
-    page = page_size * kv_bytes_per_token(config, item) + 4 * padded_rows(num_rows, model.device)
+    page = page_size * token + 4 * padded_rows(num_rows, model.device)
     budget, free = page_budget_bytes, 0
     if model.device.type == "cuda":
         free = int(SHARE * _free_bytes(model.device))
@@ -65,7 +75,7 @@ def plan_memory(
         budget = left if budget is None else min(budget, left)
     budget = CPU_BYTES if budget is None else budget
     free = free or rows + working + cache_bytes + budget
-    if kv_bytes_per_token(config, item) == 0:
+    if token == 0:
         return MemoryPlan(free, rows, cache_bytes, working, 0, 1)
     num_pages = budget // page
     if num_pages < 2 and model.device.type == "cuda":
@@ -76,6 +86,15 @@ def plan_memory(
         )
     num_pages = max(2, num_pages)
     return MemoryPlan(free, rows, cache_bytes, working, num_pages * page, num_pages)
+
+
+def widened_bytes(model: LanguageModel, num_tokens: int) -> int:
+    """The copy of an int8 matrix of experts in the model's dtype that a GPU makes for so many tokens."""
+    config = model.config.moe
+    if model.dtype == torch.float32 or num_tokens * config.top_k // config.num_experts < WIDENED:
+        return 0
+    weights = [layer.up_proj.numel() for layer in model.modules() if isinstance(layer, Int8Experts)]
+    return model.dtype.itemsize * max(weights, default=0)
 
 
 def _free_bytes(device: torch.device) -> int:

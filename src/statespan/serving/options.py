@@ -19,7 +19,7 @@ class EngineOptions:
     max_waiting: int = 2048  # requests in the queue; more raise QueueFull
     prefill_tokens: int = 2048  # prompt tokens a step, all requests together
     longest_waiting_share: float = 0.25  # of prefill_tokens, for the request that has waited longest
-    num_drafts: int = 0  # tokens a row and step that speculation by prompt look-up proposes; 0: none
+    num_drafts: int = 0  # tokens a row and step that speculation proposes, by prompt look-up or a draft model; 0: none
     cache_bytes: int = 1 << 30  # of the prefix cache, in the model's memory; 0: none
     snapshot_interval: int = 512  # tokens to the first snapshot inside a long prompt; then at twice the distance each
     spill_bytes: int = 0  # CPU memory for snapshots that left the prefix cache
@@ -49,7 +49,7 @@ class EngineOptions:
             )
 
 
-def num_pages(model: LanguageModel, options: EngineOptions) -> int:
+def num_pages(model: LanguageModel, options: EngineOptions, draft: LanguageModel | None = None) -> int:
     """Pages of the pool: as many as were asked for, or fit in the memory for them."""
     if options.num_pages is not None:
         return options.num_pages
@@ -60,4 +60,6 @@ def num_pages(model: LanguageModel, options: EngineOptions) -> int:
         prefill_tokens=options.prefill_tokens,
         cache_bytes=options.cache_bytes,
         page_budget_bytes=options.page_budget_bytes,
+        draft=draft,
+        num_drafts=options.num_drafts,
     ).num_pages

@@ -82,7 +82,7 @@ class PrefixCache:
         """In memory."""
         return self._state_bytes + len(self._holds) * self.pool.page_bytes
 
-    def match(self, prompt: Sequence[int], limit: int) -> Match:
+    def match(self, prompt: Sequence[int] | Tokens, limit: int) -> Match:
         """What is known of the first `limit` tokens of a prompt. A node that is found counts as just used."""
         tokens = np.asarray(prompt[:limit], np.int32)
         node, found, known = self._root, None, 0
@@ -92,7 +92,7 @@ class PrefixCache:
             child = node.children.get(int(tokens[known])) if known < limit else None
             if child is None:
                 break
-            same = _common(child.tokens, tokens[known:])
+            same = common_length(child.tokens, tokens[known:])
             known += same
             if same < len(child.tokens):
                 break
@@ -193,7 +193,7 @@ class PrefixCache:
             if child is None:
                 child = node.children[first] = Node(node, tokens[place:].copy())
             else:
-                same = _common(child.tokens, tokens[place:])
+                same = common_length(child.tokens, tokens[place:])
                 child = child if same == len(child.tokens) else _split(child, same)
             node, place = child, child.depth
         return node
@@ -281,8 +281,8 @@ class PrefixCache:
             node = parent
 
 
-def _common(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common beginning."""
+def common_length(a: Tokens, b: Tokens) -> int:
+    """Of the beginning that two texts share."""
     size = min(len(a), len(b))
     different = a[:size] != b[:size]
     place = int(different.argmax()) if size else 0

@@ -45,7 +45,8 @@ class Replica:
 
         _keep_to_loopback()
         torch.set_num_threads(num_threads)
-        self._backend = LocalBackend(source.load(), options)
+        self._backend = LocalBackend(source.load(), options, source.load_draft())
+        self._backend.engine.engine.warm_up()
         self._backend.engine.start()
         self._id = serve.get_replica_context().replica_id.unique_id
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from statespan.errors import UserError
 from statespan.models.language_model import LanguageModel
 from statespan.serving.state_pool import StatePool, bucket
+from statespan.serving.transfer import to_device
 
 PADDED_TOKENS = 32  # a chunk may always be padded to so many
 TOGETHER_SLOTS = 1 << 15  # of keys and values that rows of unequal length, which need a mask, may have together
@@ -70,7 +71,7 @@ class Runner:
         groups = self._groups(chunks)
         hidden = torch.cat([self._feed([chunks[place] for place in group]) for group in groups])
         order = [place for group in groups for place in group]
-        return hidden if order == sorted(order) else hidden[_inverse(order).to(hidden.device)]
+        return hidden if order == sorted(order) else hidden[to_device(_inverse(order), torch.int64, hidden.device)]
 
     def _check(self, token_ids: Sequence[int]) -> None:
         size = self.model.config.vocab_size
@@ -107,8 +108,9 @@ class Runner:
         segments = None
         if min(counts) < longest:
             padding = longest - torch.tensor(counts)
-            segments = torch.where(torch.arange(longest) < padding[:, None], -1, 0).to(model.device)
-        hidden = model.embedding(ids.to(model.device)).to(model.stream_dtype)
+            real = torch.where(torch.arange(longest) < padding[:, None], -1, 0)
+            segments = to_device(real, torch.int64, model.device)
+        hidden = model.embedding(to_device(ids, torch.int64, model.device)).to(model.stream_dtype)
         hidden, state, _, _ = model.backbone(hidden, self.pool.state(rows), segments)
         assert state is not None  # a state went in
         self.pool.store(rows, state, counts)
@@ -126,20 +128,19 @@ class Runner:
         Returns:
             Logits [n v] float32, overwritten by the next call.
         """
-        count, on_gpu = len(token_ids), self._ids.is_cuda
+        count = len(token_ids)
         if not isinstance(token_ids, Tensor):
             self._check(token_ids)
-            token_ids = torch.tensor(token_ids)
-            token_ids = token_ids.pin_memory() if on_gpu else token_ids
+            token_ids = to_device(token_ids, torch.int64, self._ids.device)
         self.pool.advance(count)
-        self._ids[:count].copy_(token_ids, non_blocking=on_gpu)
+        self._ids[:count].copy_(token_ids)
         return self._step(count, self._batch_size(count))[:count]
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture all graphs now; the rows stay as they are. Elsewhere than on a GPU nothing is to be done."""
         if self._ids.is_cuda:
-            for size in sorted({bucket(count + 1) for count in range(self.pool.num_rows)}):
+            for size in sorted({bucket(count) for count in range(1, self.pool.num_rows)}):  # one is never decoded
                 for _ in range(2):
                     self._step(0, size)
 
@@ -149,8 +150,8 @@ class Runner:
     def _step(self, count: int, size: int) -> Tensor:
         """Run on `size` rows, of which the first `count` take part: logits [size v]."""
         if count != self._decoding:
-            self.pool.active[:count] = 1
-            self.pool.active[count:] = 0
+            self.pool.active[:count].fill_(1)
+            self.pool.active[count:].fill_(0)
             self._decoding = count
         if size not in self._steps:
             self._steps[size] = self._make_step(size)

@@ -1,12 +1,13 @@
 """The next token of each row, where every row has its own way of sampling. Vector form of generation/sampling.py."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from statespan.generation.sampling import Sampling, pick
+from statespan.generation.sampling import Sampling, nucleus_edge, pick
+from statespan.serving.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class RowSampling:
         top_p, min_p = [row.top_p or 1.0 for row in rows], [row.min_p or 0.0 for row in rows]
 
         def on_device(values: Sequence[float] | Sequence[bool], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+            return to_device(values, dtype, torch.device(device))
 
         return cls(
             temperature=on_device([1.0 if row.greedy else row.temperature for row in rows], torch.float32),
@@ -39,6 +40,15 @@ class RowSampling:
             all_greedy=all(row.greedy for row in rows),
             filters=(min(top_k) < vocab_size, min(top_p) < 1, max(min_p) > 0),
         )
+
+    def repeated(self, counts: Sequence[int]) -> "RowSampling":
+        """Each row so many times."""
+        if self.all_greedy:
+            return self
+        index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        index = to_device(index, torch.int64, self.temperature.device)
+        tensors = ("temperature", "top_k", "top_p", "min_p", "greedy")
+        return replace(self, **{name: getattr(self, name)[index] for name in tensors})
 
 
 def choose_rows(logits: Tensor, rows: RowSampling, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,37 +73,21 @@ def row_weights(logits: Tensor, rows: RowSampling) -> Tensor:
     """Probabilities of the next token [n v] after each row's filters, relative to the best token's (not normalised)."""
     weights = ((logits - logits.amax(dim=-1, keepdim=True)) / rows.temperature.unsqueeze(1)).exp()
     uses_top_k, uses_top_p, uses_min_p = rows.filters
-    if uses_top_k or uses_top_p:
-        best = _sorted(weights, rows)
-        if uses_top_k:
-            edge = best.gather(-1, (rows.top_k - 1).clamp(max=best.shape[-1] - 1).unsqueeze(1))
-            edge = edge.where((rows.top_k < weights.shape[-1]).unsqueeze(1), edge.new_zeros(()))
-            weights = weights * (weights >= edge)
-        if uses_top_p:
-            weights = weights * (weights >= _nucleus_edge(weights, best, rows.top_p))
+    # A GPU sorts all of them: nobody waits there for how many it takes.
+    best = weights.sort(dim=-1, descending=True).values if weights.is_cuda and (uses_top_k or uses_top_p) else None
+    if uses_top_k:
+        weights = weights * (weights >= _top_k_edge(weights, rows.top_k, best))
+    if uses_top_p:
+        weights = weights * (weights >= nucleus_edge(weights, rows.top_p.unsqueeze(1), best))
     if uses_min_p:
         weights = weights * (weights >= rows.min_p.unsqueeze(1))
     return weights
 
 
-def _sorted(weights: Tensor, rows: RowSampling) -> Tensor:
-    """The largest weights of each row in order, as many as the filters may look at."""
-    if weights.is_cuda:  # no waiting for a count
-        return weights.sort(dim=-1, descending=True).values
-    size = weights.shape[-1]
-    limited = rows.top_k < size
-    count = int(rows.top_k.where(limited, 0).max())
-    # Of the others the nucleus: tokens below this hold less than 1 - top_p together.
-    mass = weights.sum(dim=-1, keepdim=True)
-    nucleus = (weights >= mass * (1 - rows.top_p.unsqueeze(1)) / size).sum(dim=-1)
-    filtered = (rows.top_p < 1) & ~limited
-    count = max(count, int(nucleus.where(filtered, 0).max()), 1)
-    return weights.topk(count, dim=-1).values
-
-
-def _nucleus_edge(weights: Tensor, best: Tensor, top_p: Tensor) -> Tensor:
-    """Least weight [n 1] of the nucleus, the fewest tokens that hold top_p of the probability (arXiv 1904.09751)."""
-    target = top_p.unsqueeze(1) * weights.sum(dim=-1, keepdim=True)
-    missing = (best.cumsum(dim=-1) < target).sum(dim=-1, keepdim=True)  # tokens that do not reach top_p yet
-    edge = best.gather(-1, missing.clamp(max=best.shape[-1] - 1))
-    return edge.where(top_p.unsqueeze(1) < 1, edge.new_zeros(()))
+def _top_k_edge(weights: Tensor, top_k: Tensor, best: Tensor | None) -> Tensor:
+    """Weight [n 1] of each row's k-th best token; 0 where k is the vocabulary's size."""
+    limited = top_k < weights.shape[-1]
+    if best is None:
+        best = weights.topk(max(1, int(top_k.where(limited, 0).max())), dim=-1).values
+    edge = best.gather(-1, (top_k - 1).clamp(max=best.shape[-1] - 1).unsqueeze(1))
+    return edge.where(limited.unsqueeze(1), edge.new_zeros(()))

@@ -4,6 +4,10 @@ from bisect import insort
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
+CANDIDATES = 64  # waiting jobs that are looked at in a step
+MOST_HELD_UP = 8  # of these, that find too little memory; then the step tries no more
+MOST_PASSED = 8  # times that later jobs go before one whose memory is not free yet
+
 
 class Ordered(Protocol):
     """Something with a place in the queue."""
@@ -17,6 +21,7 @@ class Prefilling(Ordered, Protocol):
 
     snapshots_at: list[int]
     num_absorbed: int
+    awaited_at: int  # tokens after which others go on from its snapshot; 0 where nobody waits
 
     @property
     def num_to_prefill(self) -> int: ...
@@ -38,8 +43,9 @@ def plan_prefill(jobs: Sequence[Prompt], budget: int, longest_waiting_share: flo
     """How many tokens each job prefills now: (job, count) with count >= 1, together at most `budget`.
 
     Larger priorities go first and, within one, those with the fewest tokens left, so that a short prompt never waits
-    for a long one. The job that has waited longest gets at least its share of the budget, whoever else is there, so
-    that it ends in a bounded number of steps. A count ends where a snapshot is wanted.
+    for a long one; where others wait for a snapshot inside a prompt, its tokens up to there count. The job that has
+    waited longest gets at least its share of the budget, whoever else is there, so that it ends in a bounded number of
+    steps. A count ends where a snapshot is wanted.
     """
     waiting = [job for job in jobs if job.num_to_prefill > 0]
     if not waiting or budget < 1:
@@ -49,11 +55,16 @@ def plan_prefill(jobs: Sequence[Prompt], budget: int, longest_waiting_share: flo
     left = budget
     share = min(max(1, int(budget * longest_waiting_share)), _until_stop(waiting[oldest]))
     counts[oldest], left = share, left - share
-    for place in sorted(range(len(waiting)), key=lambda at: (waiting[at].order[0], waiting[at].num_to_prefill, at)):
+    for place in sorted(range(len(waiting)), key=lambda at: (waiting[at].order[0], _left(waiting[at]), at)):
         count = min(left, _until_stop(waiting[place]) - counts.get(place, 0))
         counts[place] = counts.get(place, 0) + count
         left -= count
     return [(waiting[place], count) for place, count in sorted(counts.items()) if count > 0]
+
+
+def _left(job: Prefilling) -> int:
+    """Tokens until somebody can go on."""
+    return job.awaited_at - job.num_absorbed if job.awaited_at > job.num_absorbed else job.num_to_prefill
 
 
 def _until_stop(job: Prefilling) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.layers.state import State
+from statespan.serving.transfer import to_device
 
 
 class Slabs:
@@ -43,23 +44,27 @@ class Slabs:
         """Copies of these rows for each layer, by field; zeros in those whose places are in `fresh`."""
         copies = self.gather(rows)
         for copy in copies if fresh else ():
-            copy.index_fill_(1, torch.tensor(fresh, device=self._device), 0)
+            copy.index_fill_(1, self._index(fresh), 0)
         return self._by_layer(copies)
 
     def gather(self, rows: Sequence[int]) -> list[Tensor]:
         """Copies of these rows, for `scatter`."""
-        index = torch.tensor(rows, device=self._device)
+        index = self._index(rows)
         return [tensor.index_select(1, index) for tensor in self._tensors]
+
+    def leading(self, count: int) -> list[Tensor]:
+        """Copies of the first rows."""
+        return [tensor[:, :count].clone() for tensor in self._tensors]
 
     def scatter(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Overwrite these rows by what `gather` gave."""
-        index = torch.tensor(rows, device=self._device)
+        index = self._index(rows)
         for ours, new in zip(self._tensors, tensors, strict=True):
             ours.index_copy_(1, index, new)
 
     def write(self, rows: Sequence[int], layers: Sequence[State | None]) -> None:
         """Overwrite these rows by the states of all layers."""
-        index = torch.tensor(rows, device=self._device)
+        index = self._index(rows)
         for tensor, users in zip(self._tensors, self._places, strict=True):
             for ours, (layer, field) in zip(tensor, users, strict=True):
                 ours.index_copy_(0, index, getattr(layers[layer], field))
@@ -93,6 +98,9 @@ class Slabs:
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return to_device(rows, torch.int64, self._device)
 
     def _by_layer(self, tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         layers: list[dict[str, Tensor]] = [{} for _ in range(self._num_layers)]

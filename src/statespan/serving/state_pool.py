@@ -12,11 +12,15 @@ from statespan.layers.state import KVCache, ModelState, PagedKVCache, State
 from statespan.models.language_model import LanguageModel
 from statespan.serving.page_pool import PagePool
 from statespan.serving.slabs import Slabs
+from statespan.serving.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A row at one moment: copies of its constant states, and the pages that it held, which the snapshot holds too."""
+    """A row at one moment: copies of its constant states, and its pages, which the snapshot holds too.
+
+    Pages that a sliding window has left behind are not among them.
+    """
 
     num_tokens: int
     tensors: tuple[Tensor, ...]  # one a slab of the pool: [layers ...]
@@ -29,28 +33,42 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.tensors) + len(self.pages) * self.page_bytes
 
 
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """The first rows of a pool at one moment: copies of their constant states, and how many tokens they had."""
+
+    tensors: Sequence[Tensor]  # one a slab of the pool: [layers rows ...]
+    num_tokens: tuple[int, ...]
+
+
 class StatePool:
     """Rows for sequences of one model.
 
-    A row has a constant state, `num_tokens[row]` tokens, and pages for at least so many. A page may have several
-    holders, and then nobody writes to it, but for the row that filled it: it goes on behind what snapshots of it know.
+    A row has a constant state, `num_tokens[row]` tokens, and pages for at least so many, but for those that a sliding
+    window has left behind. A page may have several holders, and then nobody writes to it, but for the row that filled
+    it: it goes on behind what snapshots of it know.
 
     Args:
         model: whose states they are.
         num_rows: sequences.
         num_pages: of keys and values, page 0, which is nobody's, included.
         page_size: tokens of a page.
+        rewinds: rows may be set back, so that no page is let go before a row is free.
     """
 
-    def __init__(self, model: LanguageModel, num_rows: int, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, model: LanguageModel, num_rows: int, num_pages: int, page_size: int, *, rewinds: bool = False
+    ) -> None:
         if num_rows < 1 or num_pages < 1 or page_size < 1:
             raise UserError(f"a pool needs rows and pages, got {num_rows} rows, {num_pages} pages of {page_size}")
         self.num_rows, self.page_size = num_rows, page_size
         self.pages = PagePool(num_pages)
         self.num_tokens = [0] * num_rows
-        self._held: list[list[int]] = [[] for _ in range(num_rows)]
+        self._held: list[list[int]] = [[] for _ in range(num_rows)]  # in order; 0 where a page was let go
+        self._num_gone = [0] * num_rows  # so many at the beginning
         states = model.new_state(0).layers
         caches = [state for state in states if isinstance(state, KVCache)]
+        self._window = None if rewinds or not caches else model.config.attention.sliding_window
         self.device = model.device
         self._slabs = Slabs([_constant(state) for state in states], padded_rows(num_rows, self.device), self.device)
         rows = self._slabs.num_rows
@@ -91,9 +109,25 @@ class StatePool:
         """Pages of a row with so many tokens; 0 where no layer has keys and values."""
         return -(-num_tokens // self.page_size) if len(self._kv) else 0
 
+    def pages_seen(self, num_tokens: int) -> int:
+        """As `pages_for`, without those that no token after these sees."""
+        return self.pages_for(num_tokens) - self._gone(num_tokens)
+
     def pages_of(self, row: int) -> tuple[int, ...]:
         """The pages that a row holds, in order."""
-        return tuple(self._held[row])
+        return tuple(self._held[row][self._num_gone[row] :])
+
+    def _gone(self, num_tokens: int) -> int:
+        """Pages at the beginning of a sequence that its sliding window has left behind."""
+        return 0 if self._window is None else max(0, num_tokens - self._window + 1) // self.page_size
+
+    def _let_go(self, row: int) -> None:
+        """Free the pages that no later token of the row sees."""
+        known, gone = self._num_gone[row], self._gone(self.num_tokens[row])
+        if gone > known:
+            self.pages.release(self._held[row][known:gone])
+            self._held[row][known:gone] = [0] * (gone - known)
+            self._num_gone[row] = gone
 
     def reserve(self, row: int, num_tokens: int) -> None:
         """Give the row pages for so many tokens in all, those that it has included.
@@ -110,11 +144,11 @@ class StatePool:
     def _write_table(self, row: int, first: int = 0) -> None:
         """Tell the device of a row's pages from the first one on."""
         pages = self._held[row][first:]
-        self._table[row, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self._table[row, first : first + len(pages)] = to_device(pages, torch.int32, self.device)
 
     def _set_length(self, row: int, num_tokens: int) -> None:
         self.num_tokens[row] = num_tokens
-        self._length[row] = num_tokens
+        self._length[row].fill_(num_tokens)  # an assignment of one number waits for the device
 
     @torch.inference_mode()
     def state(self, rows: Sequence[int]) -> ModelState:
@@ -125,11 +159,11 @@ class StatePool:
         lengths = [self.num_tokens[row] for row in rows]
         fresh = [place for place, length in enumerate(lengths) if length == 0]
         constants = self._slabs.read(rows, fresh)
-        index = torch.tensor(rows, device=self.device)
+        index = to_device(rows, torch.int64, self.device)
         table = self._table[index, : max(len(self._held[row]) for row in rows)]
         length = self._length[index]
         dense = len(set(lengths)) == 1
-        first = _first_of_run(self._held[rows[0]]) if len(rows) == 1 else None
+        first = _first_of_run(self._held[rows[0]], self._num_gone[rows[0]]) if len(rows) == 1 else None
         layers: list[State | None] = []
         for layer, constant in zip(self._layers, constants, strict=True):
             if isinstance(layer, PagedKVCache):
@@ -141,11 +175,36 @@ class StatePool:
     def store(self, rows: Sequence[int], state: ModelState, added: Sequence[int]) -> None:
         """Take back what forward returned for `state(rows)` and so many new tokens of each row."""
         self._slabs.write(rows, state.layers)
+        self.grow(rows, added)
+
+    @torch.inference_mode()
+    def grow(self, rows: Sequence[int], added: Sequence[int]) -> None:
+        """So many new tokens are in each row's memory."""
         for row, count in zip(rows, added, strict=True):
             self.num_tokens[row] += count
             assert self.pages_for(self.num_tokens[row]) <= len(self._held[row]), f"row {row} outgrew its pages"
-        new = torch.tensor([self.num_tokens[row] for row in rows], dtype=torch.int32, device=self.device)
-        self._length[torch.tensor(rows, device=self.device)] = new
+            self._let_go(row)
+        self._tell_lengths(rows)
+
+    @torch.inference_mode()
+    def mark(self, count: int) -> Mark:
+        """How the first rows are now, for `rewind`."""
+        return Mark(self._slabs.leading(count), tuple(self.num_tokens[:count]))
+
+    @torch.inference_mode()
+    def rewind(self, rows: Sequence[int], marks: Sequence[Mark]) -> None:
+        """Set each row of a pool that `rewinds` back to its mark; what it appended since then is nobody's."""
+        for mark in dict.fromkeys(marks):
+            its = [row for row, one in zip(rows, marks, strict=True) if one is mark]
+            index = to_device(its, torch.int64, self.device)
+            self._slabs.scatter(its, [tensor.index_select(1, index) for tensor in mark.tensors])
+            for row in its:
+                self.num_tokens[row] = mark.num_tokens[row]
+        self._tell_lengths(rows)
+
+    def _tell_lengths(self, rows: Sequence[int]) -> None:
+        new = to_device([self.num_tokens[row] for row in rows], torch.int32, self.device)
+        self._length[to_device(rows, torch.int64, self.device)] = new
 
     def leading(self, count: int) -> ModelState:
         """The memory of the first rows itself, for a decoder that overwrites it: see `advance`."""
@@ -167,12 +226,13 @@ class StatePool:
                 self._slabs.zero(row)
             self.num_tokens[row] += 1
             assert self.pages_for(self.num_tokens[row]) <= len(self._held[row]), f"row {row} outgrew its pages"
+            self._let_go(row)
 
     @torch.inference_mode()
     def clear(self, row: int) -> None:
         """The row is free, and as before the first token."""
-        self.pages.release(self._held[row])
-        self._held[row] = []
+        self.pages.release(self.pages_of(row))
+        self._held[row], self._num_gone[row] = [], 0
         self._table[row] = 0
         self._set_length(row, 0)
 
@@ -182,6 +242,7 @@ class StatePool:
         self._require_free(target)
         self._slabs.copy(source, target)
         self._held[target], self._held[source] = self._held[source], []
+        self._num_gone[target], self._num_gone[source] = self._num_gone[source], 0
         self._table[target] = self._table[source]
         self._set_length(target, self.num_tokens[source])
         self.clear(source)
@@ -194,14 +255,14 @@ class StatePool:
             OutOfPages: no page is free for that copy; nothing was changed.
         """
         self._require_free(target)
-        self._share(target, self.num_tokens[source], self._held[source])
+        self._share(target, self.num_tokens[source], self._pages_seen_by(source))
         self._slabs.copy(source, target)
 
     @torch.inference_mode()
     def snapshot(self, row: int) -> Snapshot:
         """The row as it is; to be given back by `release`."""
         num_tokens = self.num_tokens[row]
-        pages = tuple(self._held[row][: self.pages_for(num_tokens)])
+        pages = tuple(self._pages_seen_by(row))
         self.pages.retain(pages)
         return Snapshot(num_tokens, self._slabs.take(row, fresh=num_tokens == 0), pages, self.page_bytes)
 
@@ -240,7 +301,7 @@ class StatePool:
         if missing:
             raise UserError(f"a snapshot without {', '.join(missing)} is not of this model")
         self._slabs.check([tensors[name] for name in names])
-        stored, count = tensors["pages"], self.pages_for(num_tokens)
+        stored, count = tensors["pages"], self.pages_seen(num_tokens)
         wanted = (self._kv.shape[0], count, *self._kv.shape[2:])
         if stored.shape != wanted or stored.dtype != self._kv.dtype:
             raise UserError(
@@ -251,12 +312,18 @@ class StatePool:
         states = tuple(tensors[name].to(self.device) for name in names)
         return Snapshot(num_tokens, states, tuple(pages), self.page_bytes)
 
+    def _pages_seen_by(self, row: int) -> list[int]:
+        """Those with tokens that the row's next one sees."""
+        num_tokens = self.num_tokens[row]
+        return self._held[row][self._gone(num_tokens) : self.pages_for(num_tokens)]
+
     def _share(self, row: int, num_tokens: int, pages: Sequence[int]) -> None:
-        """Give a free row the full pages of these, and a copy of a partly filled one."""
-        full = num_tokens // self.page_size if len(self._kv) else 0
-        copy = self.pages.allocate(self.pages_for(num_tokens) - full)
+        """Give a free row the full ones of these pages, which it sees after so many tokens, and a copy of the last."""
+        gone = self._gone(num_tokens)
+        full = num_tokens // self.page_size - gone if len(self._kv) else 0
+        copy = self.pages.allocate(len(pages) - full)
         self.pages.retain(pages[:full])
-        self._held[row] = [*pages[:full], *copy]
+        self._held[row], self._num_gone[row] = [0] * gone + [*pages[:full], *copy], gone
         for new in copy:
             self._kv[:, new] = self._kv[:, pages[full]]
         self._write_table(row)
@@ -275,9 +342,12 @@ def _constant(state: State | None) -> dict[str, Tensor]:
     return state.tensors()
 
 
-def _first_of_run(pages: Sequence[int]) -> int | None:
-    """The first page, if each of the others follows the one before."""
-    return pages[0] if pages and list(pages) == list(range(pages[0], pages[0] + len(pages))) else None
+def _first_of_run(pages: Sequence[int], num_gone: int) -> int | None:
+    """The first page, if each of the others follows the one before; those that were let go may be any."""
+    held = pages[num_gone:]
+    if not held or held[0] < num_gone or list(held) != list(range(held[0], held[0] + len(held))):
+        return None
+    return held[0] - num_gone
 
 
 def padded_rows(num_rows: int, device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Tool calls in a model's reply: found in the text by the markers that the chat template uses."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ MARKERS = (
     ("<tool_call>", "</tool_call>"),  # Hermes, Qwen: one call in each pair
     ("[TOOL_CALLS]", ""),  # Mistral: a list
 )
+LISTS = ("<tool_calls>", "[TOOL_CALLS]")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,45 @@ class ToolCall:
 def markers_of(template: str) -> tuple[str, str] | None:
     """How a chat template's model writes its calls, or None where it uses no form known here."""
     return next((markers for markers in MARKERS if markers[0] in template), None)
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """What a reply must be that has to call functions: data that can be sent to another process."""
+
+    markers: tuple[str, str]
+    functions: tuple[tuple[str, str], ...]  # names, and JSON schemas of the arguments as text
+    several: bool = False  # whether more than one call may come
+
+    def grammar(self, space: str, token_of: Callable[[str], int | None]) -> str:
+        """The format for llguidance, in its Lark syntax.
+
+        Args:
+            space: a regular expression of what may stand between the parts of the arguments.
+            token_of: the id of a text that is a special token.
+        """
+        opening, closing = (_terminal(marker, token_of(marker)) for marker in self.markers)
+        is_list = self.markers[0] in LISTS
+        more, again = (' (", " call)*', " (gap one)*") if self.several else ("", "")
+        lines = [
+            "start: one" + ("" if is_list else again),
+            f"one: {opening} gap "
+            + (f'"[" call{more} "]"' if is_list else "call")
+            + (f" gap {closing}" if closing else ""),
+            "call: " + " | ".join(f"call_{place}" for place in range(len(self.functions))),
+            r"gap: /[ \n]?/",
+        ]
+        for place, (name, schema) in enumerate(self.functions):
+            begin = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+            arguments = json.dumps({"x-guidance": {"whitespace_pattern": space}} | json.loads(schema))
+            lines += [f'call_{place}: {begin} arguments_{place} "}}"', f"arguments_{place}: %json {arguments}"]
+        return "\n".join(lines)
+
+
+def _terminal(text: str, token_id: int | None) -> str:
+    if token_id is not None:
+        return f"<[{token_id}]>"
+    return json.dumps(text) if text else ""
 
 
 class ToolCallParser:
@@ -109,9 +149,9 @@ class MarkedText:
         return text + self._stops.push(self._decoder.flush()) + self._stops.flush() if last else text
 
 
-def is_special(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether `text` is a token that decoding leaves out."""
+def special_token(tokenizer: Tokenizer | None, text: str) -> int | None:
+    """The id of `text` where it is a token that decoding leaves out."""
     if not isinstance(tokenizer, FileTokenizer):
-        return False
+        return None
     token_id = tokenizer.backend.token_to_id(text)
-    return token_id is not None and tokenizer.decode([token_id]) == ""
+    return token_id if token_id is not None and tokenizer.decode([token_id]) == "" else None

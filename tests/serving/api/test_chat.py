@@ -100,6 +100,81 @@ def test_tool_calls(start: Callable[..., Any], scripted: Any, stream: bool, befo
     assert '"name": "add"' in prompt_of(backend)
 
 
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"$ref": "#/$defs/place"}, "days": {"enum": [1, 2]}},
+            "required": ["place", "days"],
+            "additionalProperties": False,
+            "$defs": {"place": {"type": "string", "maxLength": 4}},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_is_asked_for_comes(server: Any, stream: bool, choice: Any) -> None:
+    """A model with random weights calls as the schema says, since it may write nothing else."""
+    nothing: Any = {
+        "type": "function",
+        "function": {"name": "now", "parameters": {"type": "object", "maxProperties": 0}},
+    }
+    options: dict[str, Any] = {"model": NAME, "messages": ASK, "tools": [WEATHER, nothing], "tool_choice": choice}
+    names = set[str]()
+    for seed in range(4):
+        if stream:
+            chunks = list(server.openai.chat.completions.create(**options, seed=seed, max_tokens=600, stream=True))
+            calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+            content, reason = (
+                "".join(c.choices[0].delta.content or "" for c in chunks),
+                chunks[-1].choices[0].finish_reason,
+            )
+        else:
+            one = server.openai.chat.completions.create(**options, seed=seed, max_tokens=600).choices[0]
+            calls, content, reason = one.message.tool_calls, one.message.content or "", one.finish_reason
+        assert (len(calls), content, reason) == (1, "", "tool_calls")
+        arguments = json.loads(calls[0].function.arguments)
+        names.add(calls[0].function.name)
+        if calls[0].function.name == "weather":
+            assert set(arguments) == {"place", "days"} and len(arguments["place"]) <= 4 and arguments["days"] in (1, 2)
+    assert names <= ({"weather", "now"} if choice == "required" else {"weather"})
+
+
+def test_one_call_at_most_where_no_more_are_wanted(start: Callable[..., Any], scripted: Any) -> None:
+    client = start(scripted(CALL + CALL), template=TOOL_TEMPLATE).openai
+    options: dict[str, Any] = {"model": NAME, "messages": ASK, "tools": TOOLS}
+    for parallel, count in [(True, 2), (False, 1)]:
+        reply = client.chat.completions.create(**options, parallel_tool_calls=parallel)
+        assert len(reply.choices[0].message.tool_calls) == count
+
+
+def test_what_is_required_reaches_the_engine(start: Callable[..., Any], scripted: Any) -> None:
+    backend = scripted(CALL)
+    client = start(backend, template=TOOL_TEMPLATE).openai
+    options: dict[str, Any] = {"model": NAME, "messages": ASK, "tools": [*TOOLS, WEATHER]}
+    client.chat.completions.create(**options, tool_choice="required")
+    client.chat.completions.create(**options, tool_choice="required", parallel_tool_calls=False)
+    client.chat.completions.create(**options, tool_choice={"type": "function", "function": {"name": "add"}})
+    client.chat.completions.create(**options)
+    found = [grammar and grammar.calls for grammar in backend.grammars]
+    assert [calls and (calls.markers[0], [name for name, _ in calls.functions], calls.several) for calls in found] == [
+        ("<tool_call>", ["add", "weather"], True),
+        ("<tool_call>", ["add", "weather"], False),
+        ("<tool_call>", ["add"], False),
+        None,
+    ]
+
+
+def test_a_template_without_a_known_form_cannot_be_made_to_call(start: Callable[..., Any], scripted: Any) -> None:
+    client = start(scripted("x"), template="{{ tools }}").openai
+    with pytest.raises(BadRequestError, match="cannot be required"):
+        client.chat.completions.create(model=NAME, messages=ASK, tools=TOOLS, tool_choice="required")
+
+
 def test_a_turn_with_the_tools_answer(start: Callable[..., Any], scripted: Any) -> None:
     backend = scripted("3")
     client = start(backend, template=TOOL_TEMPLATE).openai
@@ -198,7 +273,14 @@ def test_sessions_stay_together(start: Callable[..., Any], scripted: Any) -> Non
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         ),
         ("top_logprobs", {"top_logprobs": 2}),
-        ("tool_choice", {"tools": TOOLS, "tool_choice": "required"}),
+        ("tool_choice", {"tools": TOOLS, "tool_choice": "always"}),
+        ("there are no tools", {"tool_choice": "required"}),
+        ("'sub', which is none", {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "sub"}}}),
+        (
+            "exclude each other",
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+        ),
+        ("frequency_penalty", {"frequency_penalty": 2.5}),
         ("functions", {"extra_body": {"functions": []}}),
         ("json_schema", {"response_format": {"type": "json_schema"}}),
         ("modalities", {"modalities": ["audio"]}),

@@ -90,6 +90,46 @@ def test_logit_bias_decides(server: Any) -> None:
     assert reply.choices[0].text == "zzzz"
 
 
+def test_penalties_are_those_of_generate(server: Any, model: LanguageModel) -> None:
+    penalties: dict[str, Any] = {"frequency_penalty": 0.7, "presence_penalty": -0.4}
+    for temperature in (0, 0.9):
+        options: dict[str, Any] = {"temperature": temperature, "seed": 4} | penalties
+        reply = server.openai.completions.create(model=NAME, prompt="abcabc", max_tokens=40, **options)
+        assert reply.choices[0].text == generate(model, "abcabc", max_new_tokens=40, **options).text
+    free = server.openai.completions.create(model=NAME, prompt="abcabc", max_tokens=40, temperature=0)
+    assert free.choices[0].text != generate(model, "abcabc", max_new_tokens=40, temperature=0, **penalties).text
+
+
+def test_the_best_of_several_samples_are_given(server: Any) -> None:
+    options: dict[str, Any] = {"model": NAME, "prompt": ["Ab", "Cd"], "max_tokens": 7, "seed": 5, "logprobs": 1}
+    every = server.openai.completions.create(**options, n=5).choices
+    reply = server.openai.completions.create(**options, n=2, best_of=5)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+    for place in range(2):
+        likeliest = sorted(every[place * 5 : place * 5 + 5], key=lambda one: -sum(one.logprobs.token_logprobs))
+        assert [one.text for one in reply.choices[place * 2 : place * 2 + 2]] == [one.text for one in likeliest[:2]]
+    assert reply.usage.completion_tokens == 70
+    plain = server.openai.completions.create(**options | {"logprobs": None}, best_of=5)
+    assert plain.choices[0].logprobs is None and plain.choices[0].text == reply.choices[0].text
+
+
+def test_echo_streams_the_prompt_first(server: Any) -> None:
+    options: dict[str, Any] = {"model": NAME, "prompt": "The prompt", "max_tokens": 6, "temperature": 0}
+    options |= {"echo": True, "logprobs": 1, "n": 2}
+    whole = server.openai.completions.create(**options).choices
+    texts, tokens, scores, offsets = ["", ""], [[], []], [[], []], [[], []]
+    for chunk in server.openai.completions.create(**options, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+        scores[choice.index] += choice.logprobs.token_logprobs if choice.logprobs else []
+        offsets[choice.index] += choice.logprobs.text_offset if choice.logprobs else []
+    assert texts == [choice.text for choice in whole]
+    assert tokens == [choice.logprobs.tokens for choice in whole]
+    assert scores == [choice.logprobs.token_logprobs for choice in whole]
+    assert offsets[0][:10] == list(range(10)) and offsets[0][10] == 10
+
+
 def test_json_schema_holds(server: Any) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     schema["additionalProperties"] = False  # type: ignore[assignment]  # of mixed values
@@ -117,8 +157,11 @@ REFUSED: list[tuple[type[APIStatusError], str, dict[str, Any]]] = [
     (BadRequestError, "prompt is empty", {"prompt": ""}),
     (BadRequestError, "temperature", {"temperature": 3}),
     (BadRequestError, "temperature", {"temperature": "1"}),
-    (BadRequestError, "presence_penalty", {"presence_penalty": 1}),
-    (BadRequestError, "best_of", {"best_of": 2}),
+    (BadRequestError, "presence_penalty", {"presence_penalty": 2.1}),
+    (BadRequestError, "frequency_penalty", {"frequency_penalty": -3}),
+    (BadRequestError, "best_of must be n or more", {"best_of": 2, "n": 3}),
+    (BadRequestError, "best_of beyond n", {"best_of": 2, "stream": True}),
+    (BadRequestError, "suffix is not supported", {"suffix": "x"}),
     (BadRequestError, "logit_bias", {"logit_bias": {"x": 1}}),
     (BadRequestError, "logit_bias", {"logit_bias": {"256": 1}}),
     (BadRequestError, "stream_options", {"stream_options": {"include_usage": True}}),

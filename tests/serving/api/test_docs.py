@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types import EmbeddingCreateParams
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 
 from statespan.cli import find_command
 from statespan.models.language_model import LanguageModel
@@ -28,7 +31,8 @@ def test_python(start: Callable[..., Any], model: LanguageModel, capsys: pytest.
     code = block("python")
     assert ADDRESS in code
     exec(compile(code.replace(ADDRESS, running.url), "server.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines()[-1] == "32"  # the size of an embedding
+    *_, size, call = capsys.readouterr().out.splitlines()
+    assert size == "32" and re.fullmatch(r'weather \{"name":.*\}', call)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -41,7 +45,7 @@ def test_curl(start: Callable[..., Any], model: LanguageModel) -> None:
 
 def test_every_field_and_option_is_told() -> None:
     ignored = ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_retention"]
-    ignored += ["parallel_tool_calls", "reasoning_effort", "verbosity", "include_obfuscation"]
+    ignored += ["reasoning_effort", "verbosity", "include_obfuscation"]
     told = re.search(r"Accepted and ignored:(.*?)\.\n", PAGE, flags=re.DOTALL)
     assert told is not None and re.findall(r"`(\w+)`", told.group(1)) == ignored
     known = {*CompletionBody.model_fields, *ChatBody.model_fields, *EmbeddingsBody.model_fields}
@@ -49,6 +53,14 @@ def test_every_field_and_option_is_told() -> None:
     named = re.search(r"Ours besides\*\*:(.*?)\n\n", PAGE, flags=re.DOTALL)
     assert named is not None
     assert set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", named.group(1)))) <= known
+    absent = re.search(r"Not here at all:(.*?)\.\n", PAGE, flags=re.DOTALL)
+    assert absent is not None
+    for theirs, ours in (
+        (chat_params.CompletionCreateParamsBase, ChatBody),
+        (completion_params.CompletionCreateParamsBase, CompletionBody),
+        (EmbeddingCreateParams, EmbeddingsBody),
+    ):
+        assert {*theirs.__annotations__} - {*ours.model_fields} <= set(re.findall(r"`(\w+)`", absent.group(1)))
     options = set(re.findall(r"`(--[a-z-]+)", PAGE))
     words = find_command("serve").parse("serve", ["model"])
     assert {option[2:].replace("-", "_") for option in options} <= set(vars(words))

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+import statespan
 from statespan.cli import main
 from statespan.cli.serve import COMMAND, engine_options, num_bytes, read_keys, server_options, warnings
+from statespan.serving.drafters import ModelDrafter
+from statespan.serving.speculative import SpeculativeDecode
 
 
 def parsed(*words: str) -> argparse.Namespace:
@@ -35,6 +38,21 @@ def test_options_reach_their_places(tmp_path: Path) -> None:
     assert (server.max_body_bytes, server.max_prompt_tokens, server.max_new_tokens) == (11 << 10, 12, 13)
     assert (server.max_sequences, server.drain_s, server.name, server.log_text) == (14, 1.5, "n", True)
     assert "a.example" in server.allowed_hosts
+
+
+def test_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_options(parsed()).num_drafts == 0
+    assert engine_options(parsed("--num-drafts", "3")).num_drafts == 3
+    assert engine_options(parsed("--draft", "small")).num_drafts == 6
+    assert engine_options(parsed("--draft", "small", "--num-drafts", "2")).num_drafts == 2
+    model = statespan.build("jamba-tiny", seed=0)
+    model.save(tmp_path / "model")
+    services: list[Any] = []
+    monkeypatch.setattr("statespan.serving.api.server.serve", lambda service, sock, **_: services.append(service))
+    words = ["--max-rows", "2", "--page-bytes", "1M", "--cache-bytes", "0", "--port", "0"]
+    assert main(["serve", str(tmp_path / "model"), "--draft", str(tmp_path / "model"), *words]) == 0
+    decode = services[0].backend.engine.engine.decode
+    assert isinstance(decode, SpeculativeDecode) and isinstance(decode.drafter, ModelDrafter)
 
 
 def test_bound_elsewhere_it_warns() -> None:
@@ -74,6 +92,7 @@ def test_bytes(text: str, value: int) -> None:
         (["--chat-template", "missing.jinja"], "missing.jinja cannot be read"),
         (["--device", "abacus"], "is no device"),
         (["--api-keys", "secret"], "unknown option"),
+        (["--num-drafts", "0"], "--num-drafts"),
         ([], "some/model"),
     ],
 )

@@ -15,12 +15,12 @@ from statespan.serving.api.errors import ApiError
 from statespan.serving.api.event_stream import Chunks, EventStream
 from statespan.serving.api.generation import Generation, reason_of, unless_gone
 from statespan.serving.api.json_text import StrictRoute, dump
-from statespan.serving.api.requests import engine_requests, grammar_of, stop_strings
+from statespan.serving.api.requests import engine_requests, grammar_of, grammar_of_calls, stop_strings
 from statespan.serving.api.schemas import ChatBody, CompletionReply, Message
 from statespan.serving.api.service import Service, ServiceDep
 from statespan.serving.chat_template import ChatTemplate
 from statespan.serving.request import Event
-from statespan.serving.tool_calls import MarkedText, ToolCall, ToolCallParser, is_special, markers_of
+from statespan.serving.tool_calls import MarkedText, ToolCall, ToolCallParser, markers_of, special_token
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -37,7 +37,7 @@ async def create_chat_completion(body: ChatBody, http: Request, service: Service
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
     requests = engine_requests(service, body, [prompt], max_tokens=max_tokens, logprobs=logprobs, ids=[reply_id])
     session = http.headers.get("x-session-id") or body.prompt_cache_key or _conversation(body)
-    grammar = grammar_of(body.response_format)
+    grammar = grammar_of_calls(service, body) if body.must_call else grammar_of(body.response_format)
     generation = await Generation.open(service, http, requests, grammar=grammar, session=session)
     head = {"id": reply_id, "created": int(time.time()), "model": body.model}
     replies = [_Reply(service, body, prompt) for _ in range(generation.num_choices)]
@@ -104,13 +104,14 @@ class _Reply:
     """One choice: its text without tool calls, its calls, its log-probabilities."""
 
     def __init__(self, service: Service, body: ChatBody, prompt: Sequence[int]) -> None:
-        self._service = service
+        self._service, self._most_calls = service, 1 if body.parallel_tool_calls is False else None
         self._marked: MarkedText | None = None
         self._parser: ToolCallParser | None = None
         if body.tools and body.tool_choice != "none" and service.template is not None:
             markers, tokenizer = markers_of(service.template.tool_source), service.tokenizer
             self._parser = None if markers is None else ToolCallParser(markers)
-            if markers is not None and isinstance(tokenizer, FileTokenizer) and is_special(tokenizer, markers[0]):
+            special = markers is not None and special_token(tokenizer, markers[0]) is not None
+            if special and isinstance(tokenizer, FileTokenizer):
                 self._marked = MarkedText(tokenizer, prompt, stop_strings(body))
 
     def deltas(self, event: Event) -> Iterator[tuple[dict[str, Any], str | None]]:
@@ -122,7 +123,7 @@ class _Reply:
             text = self._parser.push(text)
             if ended is not None:
                 rest, calls = self._parser.finish()
-                text += rest
+                text, calls = text + rest, calls[: self._most_calls]
         if text:
             yield {"content": text}, None
         for index, call in enumerate(calls):

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import time
 import uuid
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -28,11 +30,14 @@ async def create_completion(body: CompletionBody, http: Request, service: Servic
     """Continue one or several prompts."""
     service.require(body.model)
     prompts = await read_prompts(service, body.prompt)
-    logprobs = False if body.logprobs is None else (body.logprobs or True)
+    ranked = body.num_samples > (body.n or 1)
+    logprobs = ranked if body.logprobs is None else (body.logprobs or True)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     reply_id = f"cmpl-{uuid.uuid4().hex}"
     ids = [f"{reply_id}-{place}" for place in range(len(prompts))]
-    requests = engine_requests(service, body, prompts, max_tokens=max_tokens, logprobs=logprobs, ids=ids)
+    requests = engine_requests(
+        service, body, prompts, max_tokens=max_tokens, logprobs=logprobs, ids=ids, num_samples=body.num_samples
+    )
     session = http.headers.get("x-session-id") or session_of(prompts[0])
     generation = await Generation.open(
         service, http, requests, grammar=grammar_of(body.response_format), session=session
@@ -42,11 +47,13 @@ async def create_completion(body: CompletionBody, http: Request, service: Servic
         return EventStream(_chunks(service, body, generation, head), service.options.keep_alive_s)
 
     async def whole() -> dict[str, Any]:
-        sequences = await generation.collect()
-        choices = [
-            await _choice(service, body, index, prompts[index // (body.n or 1)], sequence)
-            for index, sequence in enumerate(sequences)
+        samples, count = await generation.collect(), body.num_samples
+        kept = [
+            (prompt, sample)
+            for place, prompt in enumerate(prompts)
+            for sample in _likeliest(samples[place * count : (place + 1) * count], body.n or 1)
         ]
+        choices = [await _choice(service, body, index, *one) for index, one in enumerate(kept)]
         return head | {"choices": choices, "usage": generation.usage()}
 
     return Response(dump(await unless_gone(http, whole())), media_type="application/json")
@@ -78,16 +85,23 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def _likeliest(samples: Sequence[Choice], count: int) -> Sequence[Choice]:
+    """So many samples, those with the highest log-probability a token first where there are more."""
+    if len(samples) == count:
+        return samples
+    return sorted(samples, key=lambda sample: -fmean([one.logprob for one in sample.logprobs] or [0.0]))[:count]
+
+
 async def _choice(
     service: Service, body: CompletionBody, index: int, prompt: tuple[int, ...], sequence: Choice
 ) -> dict[str, Any]:
-    text, ids, scores = sequence.text, sequence.token_ids, [*sequence.logprobs]
+    text, logprobs = sequence.text, None
     if body.echo:
         text = _echoed(service, body, prompt) + text
-        if body.logprobs is not None:
-            ids = [*prompt, *ids]
-            scores = [*await service.backend.score(prompt, body.logprobs), *scores]
-    logprobs = None if body.logprobs is None else service.token_text.completion(ids, scores)
+    if body.logprobs is not None:
+        scores = await service.backend.score(prompt, body.logprobs) if body.echo else []
+        ids = [*prompt, *sequence.token_ids] if body.echo else sequence.token_ids
+        logprobs = service.token_text.completion(ids, [*scores, *sequence.logprobs])
     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": sequence.finish_reason}
     with_ids = {"token_ids": sequence.token_ids, "prompt_token_ids": prompt} if body.return_token_ids else {}
     return choice | with_ids
@@ -105,6 +119,13 @@ async def _chunks(service: Service, body: CompletionBody, generation: Generation
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     head = head | {"usage": None} if with_usage else head
     offsets, begun = [0] * generation.num_choices, set[int]()
+    for index in range(generation.num_choices if body.echo else 0):
+        prompt = tuple(generation.prompt(index))
+        text, logprobs = _echoed(service, body, prompt), None
+        if body.logprobs is not None:
+            logprobs = service.token_text.completion(prompt, await service.backend.score(prompt, body.logprobs))
+        offsets[index] = len(text)
+        yield head | {"choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}]}
     async with contextlib.aclosing(generation.events()) as events:
         async for index, event in events:
             if not (event.text or event.finish_reason or event.logprobs or body.return_token_ids):

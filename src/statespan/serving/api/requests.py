@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from statespan.generation.options import GenerationOptions
 from statespan.serving.api.errors import ApiError
-from statespan.serving.api.schemas import ResponseFormat, SamplingBody
+from statespan.serving.api.schemas import ChatBody, NamedTool, ResponseFormat, SamplingBody
 from statespan.serving.api.service import Service
 from statespan.serving.backend import Grammar
 from statespan.serving.request import Request
+from statespan.serving.tool_calls import CallFormat, markers_of
 
 
 def engine_requests(
@@ -19,13 +20,14 @@ def engine_requests(
     max_tokens: int,
     logprobs: bool | int,
     ids: Sequence[str],
+    num_samples: int | None = None,
 ) -> list[Request]:
-    """One request a prompt, with these ids; the samples of all prompts count up from the seed.
+    """One request a prompt, with these ids and n samples; the samples of all prompts count up from the seed.
 
     Raises:
         ApiError: more tokens or sequences than the server gives.
     """
-    limits, num_samples = service.options, body.n or 1
+    limits, num_samples = service.options, num_samples or body.n or 1
     if max_tokens > limits.max_new_tokens:
         raise ApiError(
             422,
@@ -63,6 +65,8 @@ def _options(body: SamplingBody, max_tokens: int, logprobs: bool | int, place: i
         top_p=body.top_p,
         min_p=body.min_p,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
         stop=stop_strings(body),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
@@ -88,6 +92,23 @@ def _logit_bias(service: Service, body: SamplingBody) -> dict[int, float]:
             raise ApiError(400, f"logit_bias: {key[:40]!r} is no token id of this model", param="logit_bias")
         bias[int(key)] = value
     return bias
+
+
+def grammar_of_calls(service: Service, body: ChatBody) -> Grammar:
+    """What a reply must be that has to call a function."""
+    markers = None if service.template is None else markers_of(service.template.tool_source)
+    if markers is None:
+        raise ApiError(
+            400,
+            "the chat template writes calls in no form that is known here, so they cannot be required",
+            param="tool_choice",
+        )
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    functions = [tool.function for tool in body.tools or [] if named in (None, tool.function.name)]
+    schemas = ({"type": "object"} if f.parameters is None else f.parameters for f in functions)
+    pairs = zip(functions, schemas, strict=True)
+    several = named is None and body.parallel_tool_calls is not False
+    return Grammar("tool_calls", calls=CallFormat(markers, tuple((f.name, json.dumps(s)) for f, s in pairs), several))
 
 
 def grammar_of(response_format: ResponseFormat | None) -> Grammar | None:

@@ -31,8 +31,8 @@ class SamplingBody(Body):
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    presence_penalty: Literal[0] | None = None  # use repetition_penalty
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Accepted and ignored.
@@ -83,17 +83,24 @@ class CompletionBody(SamplingBody):
     )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = None  # only as large as n
-    suffix: Literal[""] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None  # samples, of which the likeliest n are given
+    suffix: str | None = None  # only an empty one
     response_format: ResponseFormat | None = None  # ours, here
 
     @model_validator(mode="after")
-    def _best_of_is_n(self) -> "CompletionBody":
-        if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of is not supported beyond n")
-        if self.echo and self.stream:
-            raise ValueError("echo is not supported with stream: true")
+    def _what_is_asked_for_can_be(self) -> "CompletionBody":
+        if self.suffix:
+            raise ValueError("suffix is not supported: the model writes forward only")
+        if self.num_samples < (self.n or 1):
+            raise ValueError("best_of must be n or more")
+        if self.stream and self.num_samples > (self.n or 1):
+            raise ValueError("best_of beyond n is not supported with stream: true: the best is known at the end")
         return self
+
+    @property
+    def num_samples(self) -> int:
+        """Of each prompt."""
+        return self.best_of or self.n or 1
 
 
 class TextPart(Body):
@@ -139,6 +146,15 @@ class Tool(Body):
     function: Function
 
 
+class FunctionName(Body):
+    name: Name
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
@@ -147,7 +163,8 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None  # false: one call at most
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     prompt_cache_key: Name | None = None  # a session's name where no X-Session-Id header gives one
@@ -157,7 +174,6 @@ class ChatBody(SamplingBody):
     service_tier: Name | None = None
     safety_identifier: Name | None = None
     prompt_cache_retention: Name | None = None
-    parallel_tool_calls: bool | None = None
     reasoning_effort: Name | None = None
     verbosity: Name | None = None
     # Ours.
@@ -169,6 +185,24 @@ class ChatBody(SamplingBody):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is allowed only with logprobs: true")
         return self
+
+    @model_validator(mode="after")
+    def _a_call_that_must_come_is_possible(self) -> "ChatBody":
+        if not self.must_call:
+            return self
+        names = [tool.function.name for tool in self.tools or []]
+        if not names:
+            raise ValueError("tool_choice asks for a call, and there are no tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is none of the tools")
+        if self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("response_format and a tool_choice that asks for a call exclude each other")
+        return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the reply has to call a function."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
 class EmbeddingsBody(Body):
