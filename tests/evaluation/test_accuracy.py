@@ -31,7 +31,7 @@ def test_accuracy_is_that_of_the_logits(chunk_length: int) -> None:
     for row in range(3):  # one digit of three rows
         labels[row, first[row]] = (labels[row, first[row]] + 1) % 128
     labels[0, first[0] + 2] += 1  # and another of the first
-    found = answer_accuracy(model, TaskBatch(batch.input_ids, labels), chunk_length=chunk_length)
+    found = answer_accuracy(model, TaskBatch(batch.input_ids, labels, batch.num_asked), chunk_length=chunk_length)
     assert found.tokens == pytest.approx((8 * 4 - 4) / (8 * 4))
     assert found.rows == pytest.approx(5 / 8)
 

@@ -25,6 +25,11 @@ def check_answers(batch: TaskBatch, answer: Reader, num_asked: int) -> None:
     """Each asked label is what `answer` makes of the tokens before it, and as many are asked as should be."""
     assert batch.input_ids.shape == batch.labels.shape
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.num_asked == num_asked
+    places, answers = (value.tolist() for value in batch.asked())
+    for row, labels in enumerate(batch.labels.tolist()):
+        wanted = [(place - 1, label) for place, label in enumerate(labels) if label >= 0]
+        assert list(zip(places[row], answers[row], strict=True)) == wanted
     for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
         asked = [place for place, label in enumerate(labels) if label >= 0]
         assert len(asked) == num_asked

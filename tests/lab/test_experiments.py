@@ -49,13 +49,13 @@ def test_units_are_the_same_when_run_again(experiment: Experiment, text: Path) -
 
 
 def test_settings_are_complete(experiment: Experiment) -> None:
-    assert set(experiment.settings) == {"cpu", "h100", "tiny"}
+    assert {"cpu", "h100", "tiny"} <= set(experiment.settings)
     for setting in experiment.settings.values():
         experiment.check_variants(setting.variants)
         assert setting.time
-    assert "H100" in experiment.settings["h100"].time or "CPU" in experiment.settings["h100"].time
+    assert any(place in experiment.settings["h100"].time for place in ("H100", "H200", "core"))
     assert "2 cores" in experiment.settings["cpu"].time
-    assert set(experiment.notes) <= {"cpu", "h100"}
+    assert set(experiment.notes) <= set(experiment.settings)
 
 
 def answers(experiment: Experiment, rows: list[Row], setting: str = "h100") -> dict[str, bool | None]:
@@ -256,9 +256,9 @@ BAD = {
     "mqar": ("num_pairs=[20]", "associative_recall: length 32 must be even and 4 num_pairs or more"),
     "costs": ("hidden_size=66", "num_heads 4 must divide hidden_size 66"),
     "task_matrix": ("length=2", "copying: length 2 has no place for num_tokens 3"),
-    "selection": ("sequence_length=1", "data.sequence_length must be at least 2, got 1"),
+    "selection": ("sequence_length=1", "sequence_length must be at least 2, got 1"),
     "jamba": ("num_layers=6", "num_layers must be a multiple of 8, the longest period, got 6"),
-    "experts": ("steps=0", "run.max_steps must be at least 1, got 0"),
+    "experts": ("steps=0", "steps must be at least 1, got 0"),
     "noise": ("share=1.5", "share must be above 0 and below 1, got 1.5"),
     "retrieval": ("haystack=4", "needle: length must be above 5, got 4"),
 }

@@ -3,14 +3,18 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from statespan.lab import hippo, jamba, noise, selection, three_views
 from statespan.lab import rows as table
 from statespan.lab.costs import state_bytes
+from statespan.lab.experiment import Line, Plot
+from statespan.lab.picture import draw
 from statespan.lab.text_training import TextSetting, train_on_text
 from statespan.layers.config import AttentionConfig, Mamba1Config
 from statespan.layers.mamba1 import Mamba1
@@ -218,3 +222,15 @@ def test_state_bytes_count_the_slots_in_use() -> None:
     assert state is not None
     assert state_bytes(state, 10) == pytest.approx(10 * (2 * 16 * 4 + 4) + 4)
     assert math.isfinite(state.num_bytes)
+
+
+def test_named_places_and_colours_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label has one colour in all panels, and named points are not joined."""
+    shown: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: shown.append(self))
+    a, b = Line("a", [0, 1], [1.0, 2.0]), Line("b", [0, 1], [3.0, 4.0])
+    draw(tmp_path / "x.png", [Plot("", "", "", [a, b]), Plot("", "", "", [b], names=("drop", "swap"))])
+    first, second = shown[0].axes
+    assert first.lines[1].get_color() == second.lines[0].get_color() != first.lines[0].get_color()
+    assert (first.lines[0].get_linestyle(), second.lines[0].get_linestyle()) == ("-", "None")
+    assert [tick.get_text() for tick in second.get_xticklabels()] == ["drop", "swap"]

@@ -1,13 +1,16 @@
 """Units run once, are kept as they finish, merged from other folders, and told on a page."""
 
 import json
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, Event
 
 import pytest
 
 from statespan.errors import UnknownName, UserError
-from statespan.lab.experiment import Experiment
+from statespan.lab.experiment import Experiment, Progress, Row, Setting
 from statespan.lab.pages import write_index
 from statespan.lab.results import read_units, results_path
 from statespan.lab.session import LabOptions, run_experiment
@@ -48,6 +51,51 @@ def test_an_interrupted_run_goes_on(toy: Experiment, calls: Calls, options: LabO
     assert calls == [("one", 1), ("two", 1)]
     assert len(read_units(path)) == 4
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_units_side_by_side_are_those_one_after_the_other(toy: Experiment, options: LabOptions) -> None:
+    """Each waits for another to be running too."""
+    together = Barrier(2, timeout=20)
+
+    def waits(setting: Setting, variant: str, seed: int, progress: Progress) -> Iterable[Row]:
+        together.wait()
+        return toy.run(setting, variant, seed, progress)
+
+    run_experiment(toy, options)
+    beside = replace(options, folder=options.folder / "beside", jobs=2)
+    text = run_experiment(replace(toy, run=waits), beside).read_text()
+    assert "in 4 units, up to 2 of them side by side" in text
+    rows = [
+        {(unit.variant, unit.seed): unit.rows for unit in read_units(results_path(folder, "toy", "cpu"))}
+        for folder in (options.folder, beside.folder)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
+def test_a_broken_unit_ends_those_beside_it(toy: Experiment, options: LabOptions) -> None:
+    together, stopped = Barrier(2, timeout=20), Event()
+
+    def breaks(setting: Setting, variant: str, seed: int, progress: Progress) -> Iterable[Row]:
+        together.wait()
+        if variant == "one":
+            raise UserError("broken")
+        try:
+            for _ in range(2000):
+                progress(0.1, "")
+                time.sleep(0.01)
+        finally:
+            stopped.set()
+        return [{"value": 1}]
+
+    with pytest.raises(UserError, match="broken"):
+        run_experiment(replace(toy, run=breaks), replace(options, jobs=2))
+    assert stopped.is_set()
+    assert read_units(results_path(options.folder, "toy", "cpu")) == []
+
+
+def test_what_is_timed_runs_alone(toy: Experiment, calls: Calls, options: LabOptions) -> None:
+    page = run_experiment(replace(toy, timed=True), replace(options, jobs=4))
+    assert calls == [("one", 0), ("two", 0), ("one", 1), ("two", 1)] and "side by side" not in page.read_text()
 
 
 def test_the_page_says_everything(toy: Experiment, options: LabOptions) -> None:

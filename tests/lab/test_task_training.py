@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from statespan.errors import NonFiniteLoss, UserError
-from statespan.evaluation import TaskBatch, answer_accuracy, copying, induction_heads
+from statespan.evaluation import TaskBatch, answer_accuracy, associative_recall, copying, induction_heads, phonebook
 from statespan.lab.task_models import LAYERS, MODELS, task_model
-from statespan.lab.task_training import TaskPlan, train_on_task
+from statespan.lab.task_training import TaskPlan, task_loss, train_on_task
 from statespan.models.build import build
 
 QUIET = lambda share, text: None  # noqa: E731  a progress that shows nothing
@@ -20,7 +20,7 @@ def test_a_model_learns_to_copy() -> None:
     looks: list[tuple[int, float]] = []
     steps = train_on_task(
         model,
-        lambda step: copying(step, 16, length=6, num_tokens=2, vocab_size=6),
+        lambda step, count: copying(step, 16, length=6, num_tokens=2, vocab_size=6),
         TaskPlan(150, 1e-2, final_ratio=0.1, look_every=40),
         QUIET,
         lambda step, loss: looks.append((step, loss)) or False,
@@ -33,7 +33,7 @@ def test_a_model_learns_to_copy() -> None:
 def test_steps_are_those_of_adamw_by_hand() -> None:
     """Two steps against torch's optimizer on the same losses, with clipping and a falling rate."""
 
-    def draw(step: int) -> TaskBatch:
+    def draw(step: int, count: int) -> TaskBatch:
         return induction_heads(step, 4, length=6, vocab_size=5)
 
     config = task_model("lstm", vocab_size=5, hidden_size=8)
@@ -42,7 +42,7 @@ def test_steps_are_those_of_adamw_by_hand() -> None:
     train_on_task(model, draw, plan, QUIET)
     optimizer = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step, rate in enumerate((0.1 * 0.75, 0.1 * 0.5)):  # a cosine from 1 to 0.5 at half and whole
-        batch = draw(step)
+        batch = draw(step, 1)
         logits = other(batch.input_ids).logits
         assert logits is not None
         torch.nn.functional.cross_entropy(logits[:, -2], batch.labels[:, -1]).backward()
@@ -55,10 +55,45 @@ def test_steps_are_those_of_adamw_by_hand() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        induction_heads(0, 3, length=9),
+        copying(1, 3, length=9, num_tokens=3),
+        associative_recall(2, 3, length=16, num_pairs=3, vocab_size=16),
+        phonebook(3, 2, num_entries=3, num_queries=2),
+    ],
+    ids=["one", "last", "scattered", "groups"],
+)
+def test_the_loss_is_that_of_the_labels(batch: TaskBatch) -> None:
+    """Of the head at the asked places alone, against the model's own over all places."""
+    vocab_size = int(batch.input_ids.max()) + 2
+    model = build(task_model("mamba", vocab_size=vocab_size, hidden_size=16), seed=1)
+    loss, want = task_loss(model)(batch.input_ids, *batch.asked()), model(batch.input_ids, labels=batch.labels).loss
+    assert want is not None  # labels were given
+    torch.testing.assert_close(loss, want)
+    gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (loss, want)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_end_where_the_next_rows_are_of_another_kind() -> None:
+    """Steps of two lengths in turns, drawn one at a time, are all made."""
+    model = build(task_model("mamba", vocab_size=5, hidden_size=8), seed=0)
+    drawn: list[int] = []
+
+    def draw(step: int, count: int) -> TaskBatch:
+        drawn.append(step)
+        return induction_heads(step, 2, length=6 + step % 2, vocab_size=5)
+
+    assert train_on_task(model, draw, TaskPlan(5, 1e-3, look_every=3), QUIET) == 5
+    assert drawn == [0, 0, 1, 2, 3, 4]  # the first tells how many rows a step has
+
+
 def test_a_look_may_end_it() -> None:
     model = build(task_model("mamba", vocab_size=4, hidden_size=8), seed=0)
     plan = TaskPlan(50, 1e-3, look_every=3)
-    draw = lambda step: induction_heads(step, 2, length=5, vocab_size=4)  # noqa: E731  one line says it
+    draw = lambda step, count: induction_heads(step, 2, length=5, vocab_size=4)  # noqa: E731  one line says it
     assert train_on_task(model, draw, plan, QUIET, lambda step, loss: step == 6) == 6
 
 
@@ -67,7 +102,9 @@ def test_a_loss_that_is_no_number_is_told() -> None:
     with torch.no_grad():
         model.embedding.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteLoss, match="not finite at step 2"):
-        train_on_task(model, lambda step: induction_heads(step, 2, length=5, vocab_size=4), TaskPlan(2, 1e-3), QUIET)
+        train_on_task(
+            model, lambda step, count: induction_heads(step, 2, length=5, vocab_size=4), TaskPlan(2, 1e-3), QUIET
+        )
 
 
 @pytest.mark.parametrize("device", GPUS)
@@ -80,7 +117,7 @@ def test_captured_training_equals_the_host(device: str, name: str) -> None:
         losses: list[float] = []
         train_on_task(
             model,
-            lambda step: induction_heads(step, 8, length=32),
+            lambda step, count: induction_heads(step, 8, length=32),
             TaskPlan(6, 1e-3, look_every=1),
             QUIET,
             lambda step, loss, losses=losses: losses.append(loss) or False,

@@ -1,6 +1,7 @@
 """`statespan lab`: claims of the papers, run again."""
 
 import argparse
+import os
 from pathlib import Path
 
 from statespan.cli.arguments import Command, positive_int, usable_device
@@ -21,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", default=[], metavar="VARIANT", help="run this variant only; may be repeated"
     )
     parser.add_argument(
+        "--jobs",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="train N variants and seeds side by side on the device; results are the same (default: %(default)s)",
+    )
+    parser.add_argument(
         "--merge", action="append", type=Path, default=[], metavar="DIR", help="take over results of another folder"
     )
     parser.add_argument("--report", action="store_true", help="write the pages from the results there are, run nothing")
@@ -33,6 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     from statespan.lab.registry import EXPERIMENTS, find_experiment
     from statespan.lab.session import LabOptions, choose_setting, has_results, run_experiment
 
+    # Read when the GPU is first used: with fewer queues than units, streams wait for each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if arguments.name is None:
         print_table([("experiment", "what it is"), *((name, e.title) for name, e in EXPERIMENTS.items())])
         return
@@ -45,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         assignments=tuple(arguments.assignments),
         merge=tuple(arguments.merge),
         report_only=arguments.report,
+        jobs=arguments.jobs,
         command=arguments.command_line,
     )
     for experiment in chosen:

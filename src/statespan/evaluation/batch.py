@@ -19,10 +19,17 @@ class TaskBatch:
 
     input_ids: Tensor  # [b t] int64
     labels: Tensor  # [b t] int64, NOT_ASKED where nothing is asked
+    num_asked: int  # in each row
 
     def to(self, device: torch.device | str) -> "TaskBatch":
         """The same on another device."""
-        return TaskBatch(self.input_ids.to(device), self.labels.to(device))
+        return TaskBatch(self.input_ids.to(device), self.labels.to(device), self.num_asked)
+
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """(places, answers), each [b num_asked] int64: having read up to and with a place, the model is to answer."""
+        found = (self.labels != NOT_ASKED).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+        places = found[:, : self.num_asked]
+        return places - 1, self.labels.gather(1, places)
 
 
 def generator(seed: int, device: torch.device | str) -> Generator:

@@ -76,7 +76,7 @@ def _copying(
     input_ids = torch.full((batch_size, length + num_tokens + 1), vocab_size - 1, device=device)
     input_ids[:, :length] = NOISE
     input_ids.scatter_(1, places, tokens)
-    return TaskBatch(input_ids, _asked_at_the_end(input_ids, tokens))
+    return TaskBatch(input_ids, _asked_at_the_end(input_ids, tokens), num_tokens)
 
 
 def _asked_at_the_end(input_ids: Tensor, answers: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def induction_heads(
     input_ids[:, length:] = answer
     labels = torch.full_like(input_ids, NOT_ASKED)
     labels[:, length:] = answer
-    return TaskBatch(input_ids, labels)
+    return TaskBatch(input_ids, labels, 1)
 
 
 def associative_recall(
@@ -84,4 +84,4 @@ def associative_recall(
     input_ids.scatter_(1, places, keys)
     labels = torch.full_like(input_ids, NOT_ASKED)
     labels.scatter_(1, places + 1, values)
-    return TaskBatch(input_ids, labels)
+    return TaskBatch(input_ids, labels, num_pairs)

@@ -54,7 +54,7 @@ def needle(
     input_ids.scatter_(1, place + torch.arange(NEEDLE_LENGTH, device=device), torch.cat([sign, digits], dim=1))
     input_ids[:, length - 1] = ord("#")
     input_ids[:, length:] = digits
-    return TaskBatch(input_ids, _last_asked(input_ids, NUM_DIGITS))
+    return TaskBatch(input_ids, _last_asked(input_ids, NUM_DIGITS), NUM_DIGITS)
 
 
 def phonebook(
@@ -89,7 +89,8 @@ def phonebook(
     labels = torch.full_like(lines, NOT_ASKED)
     answers = torch.full_like(queries, NOT_ASKED)
     answers[..., NAME_LENGTH + 1 : -1] = queries[..., NAME_LENGTH + 1 : -1]
-    return TaskBatch(input_ids, torch.cat([labels, answers], dim=1).flatten(1)[:, :-1])
+    labels = torch.cat([labels, answers], dim=1).flatten(1)[:, :-1]
+    return TaskBatch(input_ids, labels, NUM_DIGITS * num_queries)
 
 
 def _letters(random: Generator, shape: tuple[int, ...]) -> Tensor:

@@ -51,6 +51,7 @@ class Plot:
     lines: Sequence[Line]
     log_x: bool = False
     log_y: bool = False
+    names: Sequence[str] = ()  # of the places 0, 1, .. along x, whose points are not joined
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Experiment(Generic[S]):
     run: Callable[[S, str, int, Progress], Iterable[Row]]
     report: Callable[[S, Sequence[Row]], Findings]
     notes: Mapping[str, str]  # what a setting can and cannot show, by the setting's name
+    timed: bool = False  # its rows are times: units run alone
 
     def check_variants(self, names: Iterable[str]) -> None:
         """Raise UnknownName for a variant that there is not."""

@@ -8,7 +8,8 @@ import torch
 from statespan.errors import UserError
 from statespan.lab import rows as table
 from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Table
-from statespan.lab.text_training import TextSetting, train_on_text
+from statespan.lab.text_results import HeldOut
+from statespan.lab.text_training import TextSetting, text_settings, train_on_text
 from statespan.layers.config import AttentionConfig, Mamba1Config, MLPConfig
 from statespan.layers.mamba1 import Mamba1
 from statespan.models.build import build
@@ -34,6 +35,7 @@ PUBLISHED = {  # log-probability a byte of C4, 1.3B parameters, 250B tokens; arX
     "one_in_8_rope": "-0.516 with and without (larger run)",
 }
 SCALES = (1.0, 10.0, 100.0, 1000.0)  # of the outlier channel
+ALIKE = 0.01  # of the bits per byte
 BOUND = 2.0  # times: what norms let outliers change
 
 
@@ -41,7 +43,7 @@ BOUND = 2.0  # times: what norms let outliers change
 class JambaSetting(TextSetting):
     """Size of the models."""
 
-    hidden_size: int = 256
+    hidden_size: int = 224
     num_layers: int = 8
     num_heads: int = 4
 
@@ -65,7 +67,7 @@ def model_config(setting: JambaSetting, variant: str) -> ModelConfig:
         layers=layers,
         mamba1=Mamba1Config(inner_norms=variant == "inner_norms"),
         attention=AttentionConfig(num_heads=setting.num_heads, rope_theta=10_000.0 if rope else None),
-        mlp=MLPConfig(intermediate_size=8 * setting.hidden_size // 3),
+        mlp=MLPConfig(intermediate_size=setting.hidden_size // 3 * 8),
     )
 
 
@@ -100,52 +102,48 @@ def outliers(setting: JambaSetting, seed: int) -> Iterator[Row]:
 
 def report(setting: JambaSetting, rows: Sequence[Row]) -> Findings:
     """Held-out figures beside the published ones, and what outliers do."""
-    present = [variant for variant in VARIANTS if table.values(rows, "held_out", variant=variant)]
-    bits = {variant: table.mean_of(rows, "held_out", variant=variant) for variant in VARIANTS}
-    checks: list[Check] = []
-    for variant, ratio in (("one_in_8", "1:7"), ("one_in_4", "1:3")):
-        for pure in ("attention", "mamba"):
-            checks.append(Check(f"{ratio} better than {pure} alone", table.ordered(bits[pure], bits[variant])))
-    for first, second, text in (
-        ("one_in_8", "one_in_4", "1:3 and 1:7 alike: within 1%"),
-        ("one_in_8", "one_in_8_rope", "rotary positions no better than none: less than 1%"),
-    ):
-        a, b = bits[first], bits[second]
-        alike = None if a is None or b is None else (a - b < 0.01 * a if "rope" in second else abs(a - b) < 0.01 * a)
-        checks.append(Check(text, alike))
-    growth = {norms: _growth(rows, norms) for norms in (False, True)}
-    normed, plain = growth[True], growth[False]
-    text = f"norms: an outlier of {SCALES[-1]:g} makes dt, B and C at most {BOUND:g} times as large"
-    checks.append(Check(text, None if normed is None else normed <= BOUND))
-    checks.append(Check("without norms more than 10 times", None if plain is None else plain > 10))
-    cells = [
-        [VARIANTS[v], table.spread(rows, "held_out", 4, variant=v), PUBLISHED.get(v, ""), _parameters(rows, v)]
-        for v in present
+    text, norms = HeldOut(rows, VARIANTS), _norms(rows)
+    checks = [
+        Check(f"{ratio} better than {pure} alone", text.falls(pure, variant))
+        for variant, ratio in (("one_in_8", "1:7"), ("one_in_4", "1:3"))
+        for pure in ("attention", "mamba")
     ]
+    eighth, fourth, rope = (text.bits[variant] for variant in ("one_in_8", "one_in_4", "one_in_8_rope"))
+    alike = None if eighth is None or fourth is None else abs(eighth - fourth) < ALIKE * eighth
+    gained = None if eighth is None or rope is None else eighth - rope < ALIKE * eighth
+    checks.append(Check("1:3 and 1:7 alike: within 1%", alike))
+    checks.append(Check("rotary positions no better than none: less than 1%", gained))
+    cells = [[VARIANTS[v], text.figure(v), PUBLISHED.get(v, ""), text.parameters(v)] for v in text.present]
     columns = ["model", "held-out bits per byte (less is better)", "published log-probability a byte", "parameters"]
     tables = [Table("", columns, cells)] if cells else []
+    return Findings([*checks, *norms.checks], [*tables, *norms.tables], [*text.plots("one_in_8"), *norms.plots])
+
+
+def _norms(rows: Sequence[Row]) -> Findings:
+    """What outliers do with the norms and without."""
+    normed, plain = _growth(rows, True), _growth(rows, False)
+    bounded = f"norms: an outlier of {SCALES[-1]:g} makes dt, B and C at most {BOUND:g} times as large"
+    checks = [
+        Check(bounded, None if normed is None else normed <= BOUND),
+        Check("without norms more than 10 times", None if plain is None else plain > 10),
+    ]
     seen = [row for row in rows if "norms" in row]
-    if seen:
-        cells = [
-            ["with" if norms else "without", f"{scale:g}"]
-            + [table.mean_of(seen, name, norms=norms, scale=scale) for name in ("dt", "B", "C")]
-            for norms in (False, True)
-            for scale in SCALES
-        ]
-        tables.append(Table("Largest values of a fresh layer", ["norms", "outlier", "dt", "B", "C"], cells, digits=2))
-    curves = [table.line(variant, rows, "step", "bits_per_byte", variant=variant) for variant in present]
+    if not seen:
+        return Findings(checks, [], [])
+    cells = [
+        ["with" if norms else "without", f"{scale:g}"]
+        + [table.mean_of(seen, name, norms=norms, scale=scale) for name in ("dt", "B", "C")]
+        for norms in (False, True)
+        for scale in SCALES
+    ]
     lines = [
         table.line(f"{name}, {'norms' if norms else 'no norms'}", seen, "scale", name, norms=norms)
         for norms in (False, True)
         for name in ("dt", "B", "C")
     ]
+    largest = Table("Largest values of a fresh layer", ["norms", "outlier", "dt", "B", "C"], cells, digits=2)
     return Findings(
-        checks,
-        tables,
-        [
-            Plot("Training text", "steps", "bits per byte", curves),
-            Plot("Outliers in one channel", "outlier", "largest value", lines, log_x=True, log_y=True),
-        ],
+        checks, [largest], [Plot("Outliers in one channel", "outlier", "largest value", lines, log_x=True, log_y=True)]
     )
 
 
@@ -160,31 +158,31 @@ def _growth(rows: Sequence[Row], norms: bool) -> float | None:
     return max(found, default=None)
 
 
-def _parameters(rows: Sequence[Row], variant: str) -> str:
-    return f"{max(table.values(rows, 'parameters', variant=variant)):,}"
-
-
-H100 = JambaSetting(
-    time="50 minutes of an H100 (estimated); 2.5 minutes a variant and seed",
-    variants=tuple(VARIANTS),
-    seeds=3,
-    device="cuda",
-    sequence_length=1024,
+SETTINGS = text_settings(
+    JambaSetting,
+    h100={
+        "time": "7 minutes of an H100 (estimated; 5 of an H200, 3 jobs side by side)",
+        "variants": tuple(variant for variant in VARIANTS if variant != "one_in_2"),
+        "sequence_length": 1024,
+        "batch_size": 8,
+        "steps": 3000,
+    },
+    cpu={
+        "variants": ("attention", "mamba", "one_in_8", "outliers"),
+        "hidden_size": 48,
+        "batch_size": 4,
+        "steps": 150,
+        "learning_rate": 5e-3,
+        "log_every": 15,
+    },
+    tiny={"variants": ("one_in_8", "outliers")},
 )
-CPU = replace(
-    H100,
-    time="60 s of 2 cores",
-    variants=("attention", "mamba", "one_in_8", "outliers"),
-    seeds=1,
-    device="cpu",
-    precision="float32",
-    hidden_size=48,
-    sequence_length=256,
-    batch_size=4,
-    steps=150,
-    learning_rate=5e-3,
-    held_out_bytes=65_536,
-    log_every=15,
+# Longer, of the variants that lie close together.
+LONG = replace(
+    SETTINGS["h100"],
+    time="6 minutes of an H100 (estimated; 4 of an H200, 3 jobs side by side)",
+    variants=("one_in_8", "one_in_4", "one_in_8_rope"),
+    steps=5000,
 )
 
 EXPERIMENT = Experiment(
@@ -193,28 +191,18 @@ EXPERIMENT = Experiment(
     claim="One layer of attention in four or in eight is better than either pure form, and both are alike. Rotary "
     "positions add nothing. Norms on dt, B and C bound them under outliers.",
     source="Jamba, arXiv 2403.19887, section 6",
-    settings={
-        "cpu": CPU,
-        "h100": H100,
-        "tiny": replace(
-            CPU,
-            time="seconds",
-            variants=("one_in_8", "outliers"),
-            hidden_size=16,
-            sequence_length=32,
-            batch_size=2,
-            steps=3,
-            held_out_bytes=2000,
-            log_every=1,
-        ),
-    },
+    settings=SETTINGS | {"long": LONG},
     variants=VARIANTS,
     run=run,
     report=report,
     notes={
-        "cpu": "A few seconds a model: differences between the ratios are far below what this can show; the bound of "
-        "the norms is exact at any size.",
-        "h100": "Bytes of source code and 6M parameters, where the paper has 1.3B and 250B tokens: its differences are "
-        "2% of the loss.",
+        "cpu": "A few seconds a model: attention alone has not begun to learn, and the hybrid's lead over Mamba is all "
+        "there is to see; the bound of the norms is exact at any size.",
+        "h100": "5M parameters and 25 million bytes of Python source (of the packages installed there, split by file), "
+        "where the paper has 1.3B, 250B tokens, and differences of 2%. Here they are far larger, since source code "
+        "repeats itself: between 700 and 1,500 steps the hybrids' loss falls away from Mamba's, as it does when "
+        "attention learns to copy. When that happens is chance: one seed of 1:7 with rotary positions is still where "
+        "Mamba is, and 1:3 gets there later than 1:7. The setting 'long' shows that both differences go away.",
+        "long": "The variants that lie close together, trained longer.",
     },
 )

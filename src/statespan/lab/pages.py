@@ -11,7 +11,7 @@ from statespan.lab.results import Unit, read_units, results_path
 from statespan.training.progress import duration
 
 MARKS = {True: "yes", False: "NO", None: "not answered"}
-PLACES = {"cpu": "On a CPU", "h100": "On an H100"}
+PLACES = ("cpu", "h100")  # settings that a page has, or says are missing
 HIDDEN = ("time", "device", "variants", "seeds")  # fields of a setting that the page tells in words
 
 
@@ -42,12 +42,23 @@ def _section(experiment: Experiment[Any], name: str, units: list[Unit], folder: 
     findings = findings_of(experiment, name, units)
     picture = f"{experiment.name}.{name}.png"
     draw(folder / picture, findings.plots)
-    parts = [f"## {PLACES.get(name, f'Setting {name}')}\n", _checks(findings.checks)]
+    parts = [f"## {_place(name, units)}\n", _checks(findings.checks)]
     if name in experiment.notes:
         parts.append(f"{experiment.notes[name]}\n")
     parts += [f"![{experiment.title}]({picture})\n", *(_table(table) for table in findings.tables)]
     parts.append(_provenance(experiment.settings[name], units))
     return "\n".join(parts)
+
+
+def _place(name: str, units: list[Unit]) -> str:
+    """Where a setting ran, whatever it was made for."""
+    gpus = dict.fromkeys(
+        u.machine["processor"].split(", host ")[0] for u in units if ", host " in u.machine["processor"]
+    )
+    if gpus:
+        cards = " and an ".join(gpus)
+        return f"On an {cards}" if name in PLACES else f"Setting {name}, on an {cards}"
+    return {"cpu": "On a CPU", "h100": "Larger, on a CPU"}.get(name, f"Setting {name}")
 
 
 def _checks(checks: Iterable[Check]) -> str:
@@ -83,7 +94,7 @@ def _provenance(setting: Setting, units: list[Unit]) -> str:
     lines = [
         *_unique("command", (f"`{unit.command}`" for unit in units)),
         f"- seeds: {'; '.join(told)}",
-        f"- time: {duration(sum(unit.seconds for unit in units))} in {len(units)} units, "
+        f"- time: {duration(sum(unit.seconds for unit in units))} in {len(units)} units{_side_by_side(units)}, "
         f"{duration(sum(unit.processor_s for unit in units))} of processor time; the setting is made for "
         f"{setting.time}",
         *_unique("machine", (f"{unit.machine['processor']}, {unit.machine['cores']}" for unit in units)),
@@ -92,6 +103,11 @@ def _provenance(setting: Setting, units: list[Unit]) -> str:
         "- sizes: " + ", ".join(f"{key}={_plain(value)}" for key, value in fields.items()),
     ]
     return "\n".join([*lines, ""])
+
+
+def _side_by_side(units: list[Unit]) -> str:
+    most = max(unit.jobs for unit in units)
+    return "" if most == 1 else f", up to {most} of them side by side"
 
 
 def _unique(name: str, values: Iterable[str]) -> list[str]:
@@ -110,7 +126,7 @@ def write_index(folder: Path, experiments: Mapping[str, Experiment[Any]]) -> Non
         "are written by the command; the rows behind them lie beside them as JSON lines.\n",
         "Variants and seeds are independent: `--only VARIANT --seeds N --out FOLDER` runs some of them, and",
         "`--merge FOLDER --report` brings the results of several folders, or machines, onto one page.\n",
-        "| experiment | claim | CPU | H100 |",
+        "| experiment | claim | CPU | GPU |",
         "|---|---|---|---|",
     ]
     for name, experiment in experiments.items():

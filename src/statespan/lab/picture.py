@@ -1,13 +1,16 @@
 """Plots as one PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from statespan.lab.experiment import Line, Plot
 
 PANEL = (5.4, 3.9)  # inches
-COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7f8c", "#bf3989", "#57606a", "#e16f24", "#24292f")
+COLORS = (
+    "#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7f8c",
+    "#bf3989", "#57606a", "#e16f24", "#24292f", "#79c0ff", "#a2c23a",
+)  # fmt: skip
 
 
 def draw(path: Path, plots: Sequence[Plot]) -> None:
@@ -19,17 +22,25 @@ def draw(path: Path, plots: Sequence[Plot]) -> None:
     rows = -(-len(plots) // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
+    labels = dict.fromkeys(line.label for plot in plots for line in plot.lines)
+    colors = {label: COLORS[index % len(COLORS)] for index, label in enumerate(labels)}  # the same in all panels
     for index, plot in enumerate(plots):
-        _panel(figure.add_subplot(rows, columns, index + 1), plot)
+        _panel(figure.add_subplot(rows, columns, index + 1), plot, colors)
     figure.savefig(path, format="png")
 
 
-def _panel(axes: Any, plot: Plot) -> None:
-    labels = list(dict.fromkeys(line.label for line in plot.lines))
+def _panel(axes: Any, plot: Plot, colors: Mapping[str, str]) -> None:
     for line in plot.lines:
-        _curve(axes, line, COLORS[labels.index(line.label) % len(COLORS)])
-    if plot.log_x:
+        if plot.names:
+            axes.plot(line.x, line.y, "o", color=colors[line.label], markersize=6, label=line.label)
+        else:
+            _curve(axes, line, colors[line.label])
+    if plot.names:
+        axes.set_xticks(range(len(plot.names)), plot.names)
+    elif plot.log_x:
         axes.set_xscale("log", base=2)
+    else:
+        axes.locator_params(axis="x", nbins=6)  # long numbers of steps do not meet
     if plot.log_y:
         axes.set_yscale("log")
     axes.set_title(plot.title, fontsize=10)

@@ -24,6 +24,7 @@ class Unit:
     seconds: float
     processor_s: float  # of all threads
     rows: list  # of Row
+    jobs: int = 1  # units that ran side by side with it, itself included
 
     def labelled_rows(self) -> list[Row]:
         """The rows, each with variant and seed."""

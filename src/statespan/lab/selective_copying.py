@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from statespan.evaluation import answer_accuracy, selective_copying
+from statespan.errors import UserError
+from statespan.evaluation import TaskBatch, answer_accuracy, selective_copying
 from statespan.lab import rows as table
 from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Setting, Table
 from statespan.lab.selection import adapt
@@ -27,21 +28,43 @@ class SelectiveCopyingSetting(Setting):
     """Sizes of the task, the models and the training."""
 
     length: int = 256
+    first_lengths: tuple[int, ...] = ()  # of the rows that training begins with
+    first_steps: tuple[int, ...] = ()  # at each of them
     num_tokens: int = 16
     vocab_size: int = 16
     hidden_size: int = 64
     steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 1e-3
+    warmup_fraction: float = 0.0
     final_ratio: float = 1.0  # last learning rate / first, by a cosine; 1: constant, as published
+    clip_norm: float | None = None
     test_rows: int = 256
     look_every: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        selective_copying(0, 1, length=self.length, num_tokens=self.num_tokens, vocab_size=self.vocab_size)
+        for length in (self.length, *self.first_lengths):
+            selective_copying(0, 1, length=length, num_tokens=self.num_tokens, vocab_size=self.vocab_size)
+        if len(self.first_lengths) != len(self.first_steps) or min(self.first_steps, default=1) < 1:
+            raise UserError("first_lengths and first_steps need a number of steps, at least 1, for each length")
         TaskPlan(self.steps, self.learning_rate)
         task_model("mamba", vocab_size=self.vocab_size, hidden_size=self.hidden_size)
+
+    def draw(self, seed: int, rows: int, length: int) -> TaskBatch:
+        """Rows of the task on the setting's device."""
+        return selective_copying(
+            seed, rows, length=length, num_tokens=self.num_tokens, vocab_size=self.vocab_size, device=self.device
+        )
+
+    def stage(self, step: int) -> tuple[int, int]:
+        """The length of a step's rows, and the first step whose rows have another."""
+        end = 0
+        for length, steps in zip(self.first_lengths, self.first_steps, strict=True):
+            end += steps
+            if step < end:
+                return length, end
+        return self.length, self.steps
 
 
 def run(setting: SelectiveCopyingSetting, variant: str, seed: int, progress: Progress) -> Iterator[Row]:
@@ -51,8 +74,7 @@ def run(setting: SelectiveCopyingSetting, variant: str, seed: int, progress: Pro
     model = build(config, seed=seed, device=setting.device)
     if variant == CONSTANT:
         adapt(model, "none", seed)
-    sizes = {"length": setting.length, "num_tokens": setting.num_tokens, "vocab_size": setting.vocab_size}
-    test = selective_copying(TEST_SEED + seed, setting.test_rows, **sizes, device=setting.device)
+    test = setting.draw(TEST_SEED + seed, setting.test_rows, setting.length)
     curve: list[Row] = []
 
     def look(step: int, loss: float) -> bool:
@@ -60,17 +82,19 @@ def run(setting: SelectiveCopyingSetting, variant: str, seed: int, progress: Pro
         curve.append({"step": step, "loss": loss, "accuracy": 100 * right})
         return right >= SOLVED
 
+    def draw(step: int, count: int) -> TaskBatch:
+        length, end = setting.stage(step)
+        return setting.draw(seed * setting.steps + step, min(count, end - step) * setting.batch_size, length)
+
     plan = TaskPlan(
-        setting.steps, setting.learning_rate, final_ratio=setting.final_ratio, look_every=setting.look_every
+        setting.steps,
+        setting.learning_rate,
+        warmup_fraction=setting.warmup_fraction,
+        final_ratio=setting.final_ratio,
+        clip_norm=setting.clip_norm,
+        look_every=setting.look_every,
     )
-    first = seed * setting.steps
-    train_on_task(
-        model,
-        lambda step: selective_copying(first + step, setting.batch_size, **sizes, device=setting.device),
-        plan,
-        progress,
-        look,
-    )
+    train_on_task(model, draw, plan, progress, look)
     yield from curve
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield {"final": curve[-1]["accuracy"], "steps": curve[-1]["step"], "parameters": parameters}
@@ -111,13 +135,19 @@ def report(setting: SelectiveCopyingSetting, rows: Sequence[Row]) -> Findings:
 NAMES = ("mamba", "s4d_in_mamba", "mamba2", "s4_in_mamba", "h3", "s4")
 VARIANTS = {name: MODELS[name] for name in NAMES} | {CONSTANT: "Mamba-1 with constant dt, B and C"}
 H100 = SelectiveCopyingSetting(
-    time="45 minutes of an H100 for all variants and one seed (estimated); mamba alone 6",
-    variants=("mamba", "s4d_in_mamba", "mamba2", "h3", CONSTANT),
+    time="3 minutes of an H200, 6 units side by side",
+    variants=("mamba", "s4d_in_mamba", CONSTANT, "mamba2"),
     device="cuda",
     length=4096,
-    steps=100_000,
-    learning_rate=5e-4,
-    look_every=1000,
+    first_lengths=(128, 512, 2048),
+    first_steps=(3000, 2000, 1500),
+    steps=10_000,
+    batch_size=32,
+    learning_rate=2e-3,
+    warmup_fraction=0.05,
+    final_ratio=0.05,
+    clip_norm=1.0,
+    look_every=250,
 )
 
 EXPERIMENT = Experiment(
@@ -128,15 +158,16 @@ EXPERIMENT = Experiment(
     source="Mamba, arXiv 2312.00752, section 4.1.1 and table 1",
     settings={
         "cpu": SelectiveCopyingSetting(
-            time="60 s of 2 cores",
+            time="2 to 3 minutes of 2 cores",
             variants=("mamba", "s4d_in_mamba", CONSTANT),
             length=64,
             num_tokens=8,
-            steps=800,
+            steps=2000,
             batch_size=32,
             learning_rate=2e-3,
-            final_ratio=0.02,
-            look_every=50,
+            warmup_fraction=0.05,
+            final_ratio=0.05,
+            look_every=100,
         ),
         "h100": H100,
         "tiny": replace(
@@ -145,6 +176,8 @@ EXPERIMENT = Experiment(
             variants=("mamba", "s4"),
             device="cpu",
             length=12,
+            first_lengths=(5,),
+            first_steps=(1,),
             num_tokens=2,
             hidden_size=16,
             steps=4,
@@ -157,10 +190,11 @@ EXPERIMENT = Experiment(
     run=run,
     report=report,
     notes={
-        "cpu": "64 places, fewer tokens, a few hundred steps at a higher rate that falls: it shows how fast each "
-        "learns, not where it ends. In so short a row the time-invariant layers keep up, with a conv and a gate that "
-        "see the input beside them: telling them from Mamba needs length and steps. Longer: "
-        "`statespan lab selective_copying length=256 steps=4000`.",
-        "h100": "H3 has S4 inside in the published table, here S4D.",
+        "cpu": "64 places, 8 tokens, 2,000 steps. In so short a row a time-invariant layer with 64 states a channel, a "
+        "conv and a gate that see the input, learns most of it: S4D stays below Mamba, and falls to where the paper "
+        "has it only in long rows. In 800 steps it is ahead: Mamba begins slowly.",
+        "h100": "The paper trains 400,000 steps at full length. Here training begins with shorter rows, for all models "
+        "alike, at a higher rate, and takes a fortieth of the steps; what is tested is the same. H3, if it is asked "
+        "for, has S4D inside, in the published table S4.",
     },
 )

@@ -1,14 +1,19 @@
-"""Run an experiment: the units that are missing, one after the other, each kept as soon as it is finished."""
+"""Run an experiment: the units that are missing, some side by side, each kept as soon as it is finished."""
 
 import os
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from statespan.dataclass_io import apply_overrides, to_plain
+import torch
+
+from statespan.dataclass_io import apply_overrides, from_plain, to_plain
 from statespan.errors import UnknownName, UserError
 from statespan.lab.experiment import Experiment, Setting
 from statespan.lab.pages import write_page
@@ -16,6 +21,7 @@ from statespan.lab.results import Unit, append_unit, merged, read_units, results
 from statespan.machine import describe_machine
 from statespan.training.progress import ProgressDisplay, duration
 
+MOST_JOBS = 32  # streams that PyTorch has of a GPU
 SHAPE = ("variants", "seeds", "device", "time")  # of a setting: which units run and where, not how large they are
 
 
@@ -30,6 +36,7 @@ class LabOptions:
     assignments: tuple[str, ...] = ()  # key=value, fields of the setting
     merge: tuple[Path, ...] = ()  # folders whose units are taken over
     report_only: bool = False  # write pages from the units that are there
+    jobs: int = 1  # units side by side
     command: str = "statespan lab"  # as it was typed
 
 
@@ -56,7 +63,8 @@ def run_experiment(experiment: Experiment[Any], options: LabOptions, display: Pr
         done = {(unit.variant, unit.seed) for unit in units}
         wanted = [(variant, seed) for seed in range(setting.seeds) for variant in setting.variants]
         with display or ProgressDisplay() as display:
-            _run_units(experiment, setting, [w for w in wanted if w not in done], path, options.command, display)
+            wanted = [unit for unit in wanted if unit not in done]
+            _Running(experiment, setting, wanted, path, options, display, _jobs(experiment, options)).run()
     return write_page(experiment, options.folder)
 
 
@@ -85,6 +93,13 @@ def has_results(experiment: Experiment[Any], options: LabOptions) -> bool:
     return any(results_path(folder, experiment.name, options.setting).exists() for folder in folders)
 
 
+def _jobs(experiment: Experiment[Any], options: LabOptions) -> int:
+    """How many units run side by side; what measures time runs alone."""
+    if options.jobs > MOST_JOBS:
+        raise UserError(f"--jobs can be {MOST_JOBS} at most: a GPU's streams; got {options.jobs}")
+    return 1 if experiment.timed else options.jobs
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the folder, or say in a line why it cannot be written."""
     if folder.exists() and not folder.is_dir():
@@ -104,7 +119,8 @@ def sizes(setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_sizes(unit: Unit, setting: Setting, path: Path) -> None:
-    before, now = sizes(unit.setting), sizes(to_plain(setting))
+    # A field that there was not then has its default.
+    before, now = (sizes(to_plain(one)) for one in (from_plain(type(setting), unit.setting), setting))
     for name, value in now.items():
         if before.get(name) != value:
             raise UserError(
@@ -113,30 +129,77 @@ def _check_sizes(unit: Unit, setting: Setting, path: Path) -> None:
             )
 
 
-def _run_units(
-    experiment: Experiment[Any],
-    setting: Setting,
-    wanted: Sequence[tuple[str, int]],
-    path: Path,
-    command: str,
-    display: ProgressDisplay,
-) -> None:
-    started = time.perf_counter()
-    for index, (variant, seed) in enumerate(wanted):
-        before, worked = time.perf_counter(), time.process_time()
+@dataclass
+class _Running:
+    """The units of one experiment while they run, one after the other or side by side."""
 
-        def show(share: float, text: str, index: int = index, variant: str = variant, seed: int = seed) -> None:
-            whole = (index + share) / len(wanted)
-            elapsed = time.perf_counter() - started
-            left = f"  {duration(elapsed / whole - elapsed)} left" if whole > 0 else ""
-            display.show(experiment.name, whole, f"{variant}, seed {seed}: {text}{left}")
+    experiment: Experiment[Any]
+    setting: Setting
+    wanted: Sequence[tuple[str, int]]
+    path: Path
+    options: LabOptions
+    display: ProgressDisplay
+    jobs: int
+    shares: list[float] = field(default_factory=list)  # done of each unit
+    started: float = field(default_factory=time.perf_counter)
+    stopped: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-        show(0.0, "")
-        rows = [dict(row) for row in experiment.run(setting, variant, seed, show)]
-        seconds, processor_s = time.perf_counter() - before, time.process_time() - worked
+    def run(self) -> None:
+        """All of them; what breaks one ends the others at their next word of progress."""
+        self.shares = [0.0] * len(self.wanted)
+        if self.jobs == 1:
+            for index in range(len(self.wanted)):
+                self._unit(index)
+            return
+        with ThreadPoolExecutor(self.jobs, initializer=self._take_stream) as pool:
+            units = [pool.submit(self._unit, index) for index in range(len(self.wanted))]
+            try:
+                for unit in as_completed(units):
+                    unit.result()
+            except BaseException:
+                self.stopped = True
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _take_stream(self) -> None:
+        """A stream for each thread, so that a GPU runs them at the same time."""
+        device = torch.device(self.setting.device)
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+
+    def _unit(self, index: int) -> None:
+        self._show(index, 0.0, "")
+        variant, seed = self.wanted[index]
+        clock = time.process_time if self.jobs == 1 else time.thread_time
+        before, worked = time.perf_counter(), clock()
+        rows = [dict(row) for row in self.experiment.run(self.setting, variant, seed, partial(self._show, index))]
+        seconds, processor_s = time.perf_counter() - before, clock() - worked
         finished = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-        machine = describe_machine(setting.device)
-        append_unit(
-            path, Unit(variant, seed, to_plain(setting), machine, command, finished, seconds, processor_s, rows)
+        unit = Unit(
+            variant,
+            seed,
+            to_plain(self.setting),
+            describe_machine(self.setting.device),
+            self.options.command,
+            finished,
+            seconds,
+            processor_s,
+            rows,
+            self.jobs,
         )
-        display.say(f"{experiment.name}: {variant}, seed {seed}: {duration(seconds)}")
+        with self.lock:
+            append_unit(self.path, unit)
+            self.shares[index] = 1.0
+            self.display.say(f"{self.experiment.name}: {variant}, seed {seed}: {duration(seconds)}")
+
+    def _show(self, index: int, share: float, text: str) -> None:
+        if self.stopped:
+            raise CancelledError
+        variant, seed = self.wanted[index]
+        with self.lock:
+            self.shares[index] = share
+            whole = sum(self.shares) / len(self.wanted)
+            elapsed = time.perf_counter() - self.started
+            left = f"  {duration(elapsed / whole - elapsed)} left" if whole > 0 else ""
+            self.display.show(self.experiment.name, whole, f"{variant}, seed {seed}: {text}{left}")

@@ -13,6 +13,7 @@ MODELS = {
     "h3": "S4D in H3's block",
     "s4": "S4 without a gate from the input",
     "attention_rope": "attention with rotary positions",
+    "attention_learned": "attention with learned positions",
     "attention": "attention without positions",
     "lstm": "LSTM",
     "hybrid": "one layer of Mamba-1, then one of attention without positions",
@@ -26,6 +27,7 @@ LAYERS: dict[str, tuple[MixerName, MixerName]] = {
     "h3": ("s4d", "s4d"),
     "s4": ("s4", "s4"),
     "attention_rope": ("attention", "attention"),
+    "attention_learned": ("attention", "attention"),
     "attention": ("attention", "attention"),
     "lstm": ("lstm", "lstm"),
     "hybrid": ("mamba1", "attention"),
@@ -34,7 +36,7 @@ LAYERS: dict[str, tuple[MixerName, MixerName]] = {
 
 
 def task_model(
-    name: str, *, vocab_size: int, hidden_size: int, state_size: int = 16, num_heads: int = 8
+    name: str, *, vocab_size: int, hidden_size: int, state_size: int = 16, num_heads: int = 8, longest: int = 512
 ) -> ModelConfig:
     """Two layers of the model called `name` in MODELS, without feed-forward layers.
 
@@ -44,6 +46,7 @@ def task_model(
         hidden_size: width of the residual stream.
         state_size: N of Mamba-1 and Mamba-2; the S4 family has 64, as published.
         num_heads: of attention. Mamba-2 has heads of 16 channels or more.
+        longest: tokens for which there are learned positions.
     Raises:
         UserError: a state size or width that cannot work.
     """
@@ -55,7 +58,11 @@ def task_model(
         layers=tuple(LayerSpec(mixer) for mixer in LAYERS[name]),
         mamba1=Mamba1Config(state_size=state_size),
         mamba2=Mamba2Config(state_size=state_size, head_dim=max(16, hidden_size // 4)),
-        attention=AttentionConfig(num_heads=num_heads, rope_theta=10_000.0 if name == "attention_rope" else None),
+        attention=AttentionConfig(
+            num_heads=num_heads,
+            rope_theta=10_000.0 if name == "attention_rope" else None,
+            learned_positions=longest if name == "attention_learned" else None,
+        ),
         s4=S4Config(block="mamba", expand=2) if name == "s4_in_mamba" else S4Config(),
         s4d=S4DConfig(block="h3") if name == "h3" else S4DConfig(block="mamba", expand=2),
     )

@@ -11,12 +11,17 @@ from statespan.errors import NonFiniteLoss, UserError
 from statespan.evaluation import TaskBatch
 from statespan.lab.experiment import Progress
 from statespan.models.language_model import LanguageModel
+from statespan.ops import linear_cross_entropy
 from statespan.training import OptimizerConfig, ScheduleConfig
-from statespan.training.captured import Captured
-from statespan.training.optimizer import build_optimizer, set_learning_rate
+from statespan.training.optimizer import build_optimizer
 from statespan.training.schedule import learning_rate_factor
+from statespan.training.updates import CapturedUpdates, Loss, Updates
 
-CAPTURED_MIXERS = ("mamba1", "mamba2", "attention", "s4d", None)  # S4 and LSSL make their systems on the host
+STEPS_AT_ONCE, TOKENS_AT_ONCE = 64, 2**21  # drawn on a GPU in one go, at most
+LTI_LEARNING_RATE = 1e-3  # at most, of A, B and dt in the layers of the S4 family, as published
+ON_HOST = ("s4", "lssl")  # mixers that make their systems on the host: no graph
+
+OnLook = Callable[[int, float], bool]
 
 
 @dataclass(frozen=True)
@@ -36,61 +41,100 @@ class TaskPlan:
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
 
+    def learning_rates(self) -> list[float]:
+        """Of every step."""
+        schedule = ScheduleConfig("cosine", self.warmup_fraction, final_ratio=self.final_ratio)
+        shares = ((step + 1) / self.steps for step in range(self.steps))
+        return [self.learning_rate * learning_rate_factor(share, schedule) for share in shares]
 
-def train_on_task(
+
+def train_in_looks(
     model: LanguageModel,
-    draw: Callable[[int], TaskBatch],
+    loss: Loss,
+    draw: Callable[[int, int], tuple[Tensor, ...]],
     plan: TaskPlan,
     progress: Progress,
-    on_look: Callable[[int, float], bool] = lambda step, loss: False,
+    on_look: OnLook = lambda step, loss: False,
 ) -> int:
-    """Train `model` on `draw(0)`, `draw(1)`, .. and return the number of steps made.
+    """Train `model` by `plan` and return the number of steps made.
 
-    On a GPU forward and backward are captured once and replayed; the host waits for the device at looks only.
+    On a GPU each step is one CUDA graph, and the host waits for the device at looks only.
 
     Args:
         model: trained in place.
-        draw: the batch of a step.
-        plan: steps, learning rate, precision.
+        loss: (*inputs of a step) -> the loss; see `Updates`.
+        draw: (step, count) -> the inputs, [k ..] each, of the k steps from `step` on, 1 to `count` of them.
+        plan: steps, learning rate.
         progress: called at looks.
         on_look: called at looks with the steps made and the mean loss since the last look; True ends the training.
     Raises:
         NonFiniteLoss: the loss is no number.
     """
-    optimizer = build_optimizer(model, OptimizerConfig(plan.learning_rate, plan.weight_decay))
-    schedule = ScheduleConfig("cosine", plan.warmup_fraction, final_ratio=plan.final_ratio)
-    gradients, captured = _gradients(model, plan.precision)
+    lti = min(plan.learning_rate, LTI_LEARNING_RATE)
+    config = OptimizerConfig(learning_rate=plan.learning_rate, lti_learning_rate=lti, weight_decay=plan.weight_decay)
+    captured = model.device.type == "cuda" and all(spec.mixer not in ON_HOST for spec in model.config.layers)
+    make = CapturedUpdates if captured else Updates
+    updates = make(model, build_optimizer(model, config), loss, plan.learning_rates(), plan.clip_norm)
     losses: list[Tensor] = []
+    done = 0
     model.train()
-    for step in range(1, plan.steps + 1):
-        batch = draw(step - 1).to(model.device)
-        losses.append(gradients(batch.input_ids, batch.labels).clone())
-        if plan.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip_norm)
-        set_learning_rate(optimizer, plan.learning_rate * learning_rate_factor(step / plan.steps, schedule))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not captured)
-        if step % plan.look_every == 0 or step == plan.steps:
-            loss = torch.stack(losses).mean().item()
-            losses.clear()
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(f"the loss is not finite at step {step}; try a lower learning rate")
-            progress(step / plan.steps, f"step {step}  loss {loss:.3f}")
-            if on_look(step, loss):
-                return step
-            model.train()
-    return plan.steps
+    while done < plan.steps:
+        look = min(plan.steps, done - done % plan.look_every + plan.look_every)
+        losses.append(updates(*draw(done, min(STEPS_AT_ONCE, look - done) if captured else 1)))
+        done += len(losses[-1])
+        if done < look:
+            continue
+        mean = torch.cat(losses).mean().item()
+        losses.clear()
+        if not math.isfinite(mean):
+            raise NonFiniteLoss(f"the loss is not finite at step {done}; try a lower learning rate")
+        progress(done / plan.steps, f"step {done}  loss {mean:.3f}")
+        if on_look(done, mean):
+            break
+        model.train()
+    return done
 
 
-def _gradients(model: LanguageModel, precision: torch.dtype) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
-    """(input_ids, labels) -> loss, with gradients added to the parameters'; and whether it is captured."""
+def train_on_task(
+    model: LanguageModel,
+    draw: Callable[[int, int], TaskBatch],
+    plan: TaskPlan,
+    progress: Progress,
+    on_look: OnLook = lambda step, loss: False,
+) -> int:
+    """Train `model` on batches of a task: `train_in_looks` with `task_loss`.
 
-    def compute(input_ids: Tensor, labels: Tensor) -> Tensor:
+    Args:
+        model: trained in place.
+        draw: (step, count) -> the rows of the steps from `step` on: of `count` steps, or of fewer where the next ones'
+            rows are of another kind. On a CPU each step draws its own.
+        plan: steps, learning rate, precision.
+        progress: called at looks.
+        on_look: as for `train_in_looks`.
+    """
+    rows, length = draw(0, 1).input_ids.shape
+    most = max(1, TOKENS_AT_ONCE // (rows * length))
+
+    def inputs(step: int, count: int) -> tuple[Tensor, ...]:
+        batch = draw(step, min(count, most)).to(model.device)
+        return tuple(value.unflatten(0, (-1, rows)) for value in (batch.input_ids, *batch.asked()))
+
+    return train_in_looks(model, task_loss(model, plan.precision), inputs, plan, progress, on_look)
+
+
+def task_loss(
+    model: LanguageModel, precision: torch.dtype = torch.float32
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(input_ids [b t], places [b n], answers [b n]) -> the mean loss of what is asked; see `TaskBatch.asked`.
+
+    The head sees only the places where something is asked: with a large vocabulary it would be most of the work.
+    """
+
+    def loss(input_ids: Tensor, places: Tensor, answers: Tensor) -> Tensor:
         with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
-            output = model(input_ids, labels=labels)
-        assert output.loss is not None  # labels were given
-        (output.loss + output.aux_loss).backward()
-        return output.loss.detach()
+            hidden, _, _, _ = model.backbone(model.embedding(input_ids).to(model.stream_dtype), None, None)
+            asked = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+            head, size = model.head_weight, model.config.vocab_size
+            return linear_cross_entropy(model.normed(asked), head, answers, valid_vocab_size=size)
 
-    captured = model.device.type == "cuda" and all(spec.mixer in CAPTURED_MIXERS for spec in model.config.layers)
-    return (Captured(model, compute) if captured else compute), captured
+    return loss
