@@ -1,5 +1,6 @@
 """An inspection as files: pictures that show the values, a page that needs nothing else, one line for bad input."""
 
+import itertools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import statespan
@@ -108,6 +110,7 @@ def test_the_page_colours_and_tells_in_a_browser(written: tuple[Inspection, Path
         page.goto((written[1] / "index.html").as_uri())
         spans = page.locator("#text span")
         assert "".join(text for text in spans.all_text_contents() if text != "·") == HOSTILE
+        assert page.locator("#layer").is_hidden()  # surprise is of no layer
         page.select_option("#by", "dt")
         assert page.locator("#layer option").all_text_contents() == ["0 mamba1+moe", "1 mamba2+mlp"]
         page.select_option("#layer", "1")
@@ -137,6 +140,18 @@ def test_a_picture_shows_the_values(model: LanguageModel, tmp_path: Path) -> Non
     rows = yellow[:, 0][yellow[:, 1] < 0.85 * pixels.shape[1]]
     upper, lower = places[rows < rows.mean()].mean(), places[rows > rows.mean()].mean()
     assert upper > lower + 100  # token 13 of layer 0, token 6 of layer 3
+
+
+def test_panels_do_not_cover_each_other(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    make = figures._figure
+    monkeypatch.setattr(figures, "_figure", lambda *size: drawn.append(make(*size)) or drawn[-1])
+    inspect_text(model, "some text", tmp_path, layers=range(len(model.layers)))
+    assert max(len(figure.axes) for figure in drawn) > 4
+    for figure in drawn:
+        boxes = [axes.get_tightbbox() for axes in figure.axes]
+        for first, second in itertools.combinations(boxes, 2):
+            assert not first.padded(-2).overlaps(second.padded(-2))
 
 
 def test_a_new_inspection_replaces_the_old_one_and_nothing_else(model: LanguageModel, tmp_path: Path) -> None:
@@ -171,7 +186,8 @@ def test_one_token_and_ids_without_a_tokenizer(model: LanguageModel, tmp_path: P
             inspect_text(model, "x", tmp_path)
     finally:
         model.tokenizer = tokenizer
-    assert found.texts == ("<7>",)
+    assert found.texts == ("<7>",) and found.summary() == "1 token"
+    assert not (tmp_path / "logprobs.png").exists()  # nothing comes before the first token
     assert json.loads((tmp_path / "inspection.json").read_text())["bits_per_token"] is None
 
 

@@ -158,7 +158,7 @@ def test_what_has_no_such_thing_says_so(model: LanguageModel) -> None:
     observation = observe(model, IDS)
     lstm, mlp = layer_view(model, observation, 6), layer_view(model, observation, 7)
     assert (lstm.dt, lstm.memory, lstm.mixing, lstm.experts) == (None,) * 4
-    assert lstm.note == "Recurrent has neither a step size nor an attention matrix: its state passes gates"
+    assert lstm.note == "it has neither a step size nor an attention matrix: its state passes gates"
     assert (mlp.dt, mlp.memory, mlp.mixing, mlp.note) == (None, None, None, "")
 
 

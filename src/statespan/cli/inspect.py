@@ -113,7 +113,7 @@ def _look_inside(arguments: argparse.Namespace) -> None:
     folder, channels = Path(arguments.output or OUT), arguments.channels or CHANNELS
     found = inspect_text(model, text, folder, layers=arguments.layers, num_channels=channels, title=arguments.model)
     print_table(found.table())
-    print(f"{len(found.ids)} tokens" + (f", {found.bits_per_token:.3f} bits a token" if len(found.ids) > 1 else ""))
+    print(found.summary())
     print(f"{len(found.pictures)} pictures and the page: {folder / 'index.html'}")
 
 

@@ -32,14 +32,15 @@ def draw_layer(path: Path, view: LayerView, texts: Sequence[str]) -> None:
         if value is not None
     ]
     heads = 0 if view.mixing is None or len(view.mixing) == 1 else min(len(view.mixing), MOST_HEADS)
-    head_rows = -(-heads // 5)
-    figure = _figure(max(5.2 * len(panels), 8.0 if heads else 0.0), 4.6 + 2.2 * head_rows)
-    rows = figure.add_gridspec(1 + head_rows, 1, height_ratios=[4.6] + [2.2] * head_rows)
-    top = rows[0].subgridspec(1, len(panels))
+    columns = len(panels) if len(panels) < 4 else 2  # narrow enough to be read on a page
+    panel_rows, head_rows = -(-len(panels) // columns), -(-heads // 5)
+    figure = _figure(max(5.2 * columns, 8.0 if heads else 0.0), 4.6 * panel_rows + 2.2 * head_rows)
+    rows = figure.add_gridspec(panel_rows + head_rows, 1, height_ratios=[4.6] * panel_rows + [2.2] * head_rows)
+    places = [rows[i].subgridspec(1, columns if i < panel_rows else 5) for i in range(panel_rows + head_rows)]
     for place, draw in enumerate(panels):
-        draw(figure.add_subplot(top[place]), view, texts)
+        draw(figure.add_subplot(places[place // columns][place % columns]), view, texts)
     for head in range(heads):
-        axes = figure.add_subplot(rows[1 + head // 5].subgridspec(1, 5)[head % 5])
+        axes = figure.add_subplot(places[panel_rows + head // 5][head % 5])
         assert view.mixing is not None
         _image(axes, _row_shares(view.mixing[head]), f"head {head}", logarithmic=True, bar=False)
         axes.set_xticks([])
@@ -70,7 +71,7 @@ def draw_memory(path: Path, memory: dict[int, Tensor], num_tokens: int) -> None:
         axes.vlines(place, low, high, color="#1f6feb", linewidth=1.2)
         axes.vlines(place, lower, upper, color="#1f6feb", linewidth=6)
         axes.plot(place, median, "o", color="white", markeredgecolor="#1f6feb", markersize=6)
-    axes.axhline(num_tokens, color="#888888", linestyle="--", linewidth=1, label=f"this text: {num_tokens} tokens")
+    axes.axhline(num_tokens, color="#888888", linestyle="--", linewidth=1, label=f"this text: {counted(num_tokens)}")
     axes.set_yscale("log")
     _ticks(axes, "x", [str(layer) for layer in memory])
     axes.set_xlabel("layer")
@@ -137,8 +138,9 @@ def _draw_memory(axes: "Axes", view: LayerView, texts: Sequence[str]) -> None:
     assert view.memory is not None
     values = np.clip(_finite(view.memory), 1e-2, None)
     edges = np.geomspace(values.min() * 0.9, values.max() * 1.1, 40)
-    axes.hist(values, bins=edges.tolist(), color="#1f6feb", label="states")
-    axes.axvline(len(texts), color="#888888", linestyle="--", linewidth=1, label=f"this text: {len(texts)} tokens")
+    counts, _, _ = axes.hist(values, bins=edges.tolist(), color="#1f6feb", label="states")
+    axes.set_ylim(0, 1.25 * float(np.max(counts)))  # room for the legend
+    axes.axvline(len(texts), color="#888888", linestyle="--", linewidth=1, label=f"this text: {counted(len(texts))}")
     axes.set_xscale("log")
     axes.set_xlabel("tokens until 1/e is left")
     axes.set_ylabel("number of states")
@@ -167,13 +169,16 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _image(axes: "Axes", values: np.ndarray, title: str, *, logarithmic: bool = False, bar: bool = True) -> None:
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     positive = values[values > 0]
     norm = None
     if logarithmic and len(positive):
         low, high = float(positive.min()), float(positive.max())
-        norm = LogNorm(max(low, high * SPAN), high if high > low else 2 * low)
+        norm = LogNorm(max(low, high * SPAN) if high > low else low / 2, high)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=TEXT_COLORS, norm=norm)
+    for axis in (axes.xaxis, axes.yaxis):  # of tokens, channels, layers: whole numbers
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_facecolor("#440154")  # the lowest colour, where a logarithm has none
     axes.set_title(title)
     if bar:
@@ -205,7 +210,12 @@ def _ticks(axes: "Axes", side: str, labels: list[str]) -> None:
 
 
 def _width(num_tokens: int) -> float:
-    return min(24.0, max(7.0, 2 + 0.17 * num_tokens))
+    return max(7.0, 2 + 0.17 * min(num_tokens, MOST_LABELS))
+
+
+def counted(num_tokens: int) -> str:
+    """The number of tokens in words."""
+    return f"{num_tokens} token{'' if num_tokens == 1 else 's'}"
 
 
 def _finite(values: Tensor) -> np.ndarray:

@@ -59,6 +59,11 @@ class Inspection:
         """Mean of -log2 p over all tokens but the first."""
         return float(-self.logprobs[1:].mean()) / math.log(2)
 
+    def summary(self) -> str:
+        """Length and surprise in a line."""
+        tokens = figures.counted(len(self.ids))
+        return tokens if len(self.ids) == 1 else f"{tokens}, {self.bits_per_token:.3f} bits a token"
+
     def table(self) -> list[tuple[str, ...]]:
         """A heading and a row a layer."""
         return [("layer", "kind", "mean dt", "memory: median", "longest", "experts used"), *map(_row, self.layers)]
@@ -143,8 +148,10 @@ def _write(
 
 def _overviews(inspection: Inspection, folder: Path) -> dict[str, str]:
     """Draw the pictures that span layers; each one's file and what it shows."""
-    texts, drawn = inspection.texts, {"logprobs.png": "Surprise of each token, in bits"}
-    figures.draw_logprobs(folder / "logprobs.png", inspection.logprobs, texts)
+    texts, drawn = inspection.texts, dict[str, str]()
+    if len(texts) > 1:  # nothing comes before the first token
+        drawn["logprobs.png"] = "Surprise of each token, in bits"
+        figures.draw_logprobs(folder / "logprobs.png", inspection.logprobs, texts)
     if dt := {layer.index: layer.dt for layer in inspection.layers if layer.dt is not None}:
         drawn["dt.png"] = "Mean step size dt of each token and layer"
         figures.draw_dt(folder / "dt.png", dt, texts)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mamba2 import Mamba2
+from statespan.layers.s6 import S6
 from statespan.ops import causal_conv1d
 from statespan.ops.state_update.reference import discretize, step_size
 
@@ -16,7 +17,7 @@ from statespan.ops.state_update.reference import discretize, step_size
 class Selection:
     """The recurrence h_t = Abar_t h_{t-1} + Bbar_t u_t,  y_t = C_t h_t + D u_t  of one layer over one text.
 
-    A channel c is one of Mamba-1, with p = 1 input and m = n decay rates, or a head of Mamba-2, with p = head_dim
+    A channel c is one of Mamba-1 or S6, with p = 1 input and m = n decay rates, or a head of Mamba-2, with p = head_dim
     inputs that share everything and m = 1 decay rate. All tensors are float64 on the CPU.
     """
 
@@ -30,7 +31,7 @@ class Selection:
 
     @property
     def num_channels(self) -> int:
-        """Channels of Mamba-1, heads of Mamba-2."""
+        """Channels of Mamba-1 and S6, heads of Mamba-2."""
         return self.A.shape[0]
 
     def log_decay(self) -> Tensor:
@@ -41,21 +42,26 @@ class Selection:
         return step
 
 
-def selection_of(mixer: Mamba1 | Mamba2, hidden: Tensor) -> Selection:
+def selection_of(mixer: Mamba1 | Mamba2 | S6, hidden: Tensor) -> Selection:
     """What a mixer selects for the text that it reads as `hidden` [1 t h], by its own projections and conv."""
     with torch.inference_mode():
-        if isinstance(mixer, Mamba1):
-            x = _convolved(mixer, mixer.in_proj(hidden).chunk(2, dim=-1)[0])
-            dt, B, C = mixer._selection(x)
-            u, B, C = x.unsqueeze(-1), B.unsqueeze(2), C.unsqueeze(2)
-            A, limit = -torch.exp(_exact(mixer.A_log)), None
-        else:
+        if isinstance(mixer, Mamba2):
             _, xBC, dt = mixer._split(mixer.in_proj(hidden))
             u, B, C = mixer._heads(_convolved(mixer, xBC))
             A, limit = -torch.exp(_exact(mixer.A_log)).unsqueeze(-1), mixer.config.dt_limit
+        else:
+            if isinstance(mixer, S6):
+                x, _, _ = mixer.enter(hidden, None, None)
+                dt, B, C = mixer.selection(x)
+            else:
+                x = _convolved(mixer, mixer.in_proj(hidden).chunk(2, dim=-1)[0])
+                dt, B, C = mixer._selection(x)
+            u, B, C = x.unsqueeze(-1), B.unsqueeze(2), C.unsqueeze(2)
+            A, limit = -torch.exp(_exact(mixer.A_log)), None
         dt = step_size(_exact(dt[0]), _exact(mixer.dt_bias), dt_softplus=True, dt_limit=limit)
         u, B, C, D = (_exact(x) for x in (u[0], B[0], C[0], mixer.D))
-    return Selection(u, dt, A, B, C, D, mixer.config.discretization)
+    discretization = "mamba" if isinstance(mixer, S6) else mixer.config.discretization
+    return Selection(u, dt, A, B, C, D, discretization)
 
 
 def memory_lengths(selection: Selection) -> Tensor:

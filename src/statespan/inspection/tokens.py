@@ -11,6 +11,7 @@ from statespan.inspection.observation import check_layers, log_probabilities, ob
 from statespan.inspection.selection import selection_of
 from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mamba2 import Mamba2
+from statespan.layers.s6 import S6
 from statespan.models.language_model import LanguageModel
 
 
@@ -42,7 +43,7 @@ def token_view(model: LanguageModel, ids: Sequence[int] | Tensor, layer: int) ->
     check_layers(model, [layer])
     observation = observe(model, ids, layers=[layer])
     mixer, dt, experts = model.layers[layer].mixer, None, None
-    if isinstance(mixer, Mamba1 | Mamba2):
+    if isinstance(mixer, Mamba1 | Mamba2 | S6):
         dt = tuple(selection_of(mixer, observation.mixer_inputs[layer]).dt.mean(1).tolist())
     if layer in observation.routers:
         experts = tuple(tuple(choices) for choices in observation.routers[layer].chosen.tolist())

@@ -16,6 +16,7 @@ from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mamba2 import Mamba2
 from statespan.layers.mixer import Mixer
 from statespan.layers.s4 import LTIMixer
+from statespan.layers.s6 import S6
 from statespan.models.language_model import LanguageModel
 from statespan.models.layer_pattern import LayerSpec
 from statespan.ops.lti import System
@@ -65,7 +66,7 @@ def layer_view(model: LanguageModel, observation: Observation, index: int, num_c
 
 def _mixer_view(mixer: Mixer, hidden: Tensor, num_channels: int) -> dict[str, Any]:
     with torch.inference_mode():
-        if isinstance(mixer, Mamba1 | Mamba2):
+        if isinstance(mixer, Mamba1 | Mamba2 | S6):
             selection = selection_of(mixer, hidden)
             channels = evenly_spaced(selection.num_channels, num_channels)
             mixing = _mean_size(channels, hidden.shape[1], lambda some: hidden_attention(selection, some))
@@ -74,7 +75,7 @@ def _mixer_view(mixer: Mixer, hidden: Tensor, num_channels: int) -> dict[str, An
             return {"mixing": attention_map(mixer, hidden)}
         if isinstance(mixer, LTIMixer):
             return _lti_view(mixer, hidden.shape[1], num_channels)
-    return {"note": f"{type(mixer).__name__} has neither a step size nor an attention matrix: its state passes gates"}
+    return {"note": "it has neither a step size nor an attention matrix: its state passes gates"}
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
