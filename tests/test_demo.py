@@ -19,10 +19,11 @@ import torch
 
 import statespan
 from statespan.cli import main
-from statespan.demo.corpus import CompressedSizes, compress, source_files, split_sources
+from statespan.demo.corpus import CompressedSizes, compress, split_sources
 from statespan.demo.curve import CurvePoint, Level, draw_curve, seconds_to_reach
 from statespan.demo.report import DemoResult, write_report
 from statespan.errors import DataError
+from statespan.training.documents import python_sources
 
 
 def write(path: Path, data: bytes) -> None:
@@ -45,7 +46,7 @@ def library(tmp_path: Path) -> Path:
 
 
 def test_source_files_leaves_out_what_it_says(library: Path) -> None:
-    names = [file.as_posix() for file in source_files(library)]
+    names = [file.as_posix() for file in python_sources(library)]
     assert names == sorted(names, key=lambda name: Path(name))
     assert sorted(names) == sorted(f"pack{i % 4}/module{i}.py" for i in range(40))
 
@@ -56,7 +57,7 @@ def test_split_is_by_file_seeded_and_complete(library: Path) -> None:
     assert split.held_out != other.held_out
     assert len(split.held_out) == 2  # 5% of 40
     assert not set(split.train) & set(split.held_out)
-    assert set(split.train) | set(split.held_out) == set(source_files(library))
+    assert set(split.train) | set(split.held_out) == set(python_sources(library))
 
 
 def test_copies_are_exact_and_replace_what_was_there(library: Path, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_the_page_escapes_what_the_model_wrote(tmp_path: Path) -> None:
 def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The small files of the real standard library, in the place of the whole."""
     real, root = Path(sysconfig.get_path("stdlib")), tmp_path / "lib"
-    small = [file for file in source_files(real) if (real / file).stat().st_size < 6000][:40]
+    small = [file for file in python_sources(real) if (real / file).stat().st_size < 6000][:40]
     for file in small:
         write(root / file, (real / file).read_bytes())
     others = sysconfig.get_path

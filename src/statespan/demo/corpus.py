@@ -9,12 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from statespan.errors import DataError
+from statespan.training.documents import python_sources
 
-# Left out: what users installed, test-suites (not every distribution ships them), and files that programs wrote
-# (tables of character encodings, the help texts), so that what is left is source that people wrote.
-EXCLUDED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
-)
 EXCLUSIONS = "without tests, site-packages, tables of encodings, generated help texts, and files that are not UTF-8"
 HELD_OUT_FRACTION = 0.05
 
@@ -56,7 +52,7 @@ def split_sources(seed: int, root: Path | None = None, max_files: int | None = N
         DataError: fewer than two source files there (some interpreters carry their library compiled or zipped).
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    files = source_files(root)
+    files = python_sources(root)
     if len(files) < 2:
         raise DataError(f"{root}: {len(files)} Python source files; run the demo with a Python that has its sources")
     chooser = random.Random(seed)
@@ -64,22 +60,6 @@ def split_sources(seed: int, root: Path | None = None, max_files: int | None = N
     files = files[:max_files]
     count = max(1, round(HELD_OUT_FRACTION * len(files)))
     return SourceSplit(root, tuple(sorted(files[count:])), tuple(sorted(files[:count])))
-
-
-def source_files(root: Path) -> list[Path]:
-    """The .py files under `root` that are not empty, are UTF-8 and are in no excluded folder: sorted, relative."""
-    return [
-        file
-        for file in sorted(path.relative_to(root) for path in root.rglob("*.py"))
-        if not EXCLUDED_FOLDERS & set(file.parts) and _is_text(root / file)
-    ]
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        return bool(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, OSError):
-        return False
 
 
 @dataclass(frozen=True)
