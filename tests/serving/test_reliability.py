@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +44,15 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.serving_restart", "--serve", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None and process.stdout.readline() == "1\n"
+        until = time.monotonic() + 60
+        while _num_files(tmp_path) < 2 * serving_restart.CONVERSATIONS and time.monotonic() < until:
+            time.sleep(0.01)  # files are written behind the replies; of a few none need be a beginning
         os.kill(process.pid, signal.SIGKILL)
-    assert len(list(tmp_path.rglob("*.safetensors"))) > 1
+    assert _num_files(tmp_path) >= 2 * serving_restart.CONVERSATIONS
     cut = serving_restart.cut_one(tmp_path, random.Random(0))
     compared, restored, dropped = serving_restart.serve(tmp_path, rounds=1)
     assert compared >= serving_restart.CONVERSATIONS and restored > 0 and dropped >= cut == 1
+
+
+def _num_files(folder: Path) -> int:
+    return len(list(folder.rglob("*.safetensors")))
