@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from statespan.layers.config import Mamba1Config
 from statespan.layers.linear import Linear, projection_of
-from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
+from statespan.layers.selective_mixer import SelectiveMixer
 from statespan.layers.state import SSMState, State
 from statespan.ops import (
     causal_conv1d,
@@ -16,13 +16,12 @@ from statespan.ops import (
     selective_state_update,
 )
 from statespan.ops.decode_step import Mamba1Weights
-from statespan.ops.linear import add_product
 
 
-class Mamba1(Mixer):
+class Mamba1(SelectiveMixer):
     """[x|z] = in_proj(h); x = silu(conv(x)); [dt|B|C] = x_proj(x); y = scan(x, dt, A, B, C) * silu(z); out_proj(y)."""
 
-    float32_parameters = ("A_log", "D", "dt_bias")
+    projections = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
     def __init__(self, hidden_size: int, config: Mamba1Config, norm_epsilon: float = 1e-5) -> None:
         super().__init__()
@@ -42,42 +41,6 @@ class Mamba1(Mixer):
             self.dt_layernorm = RMSNorm(rank, norm_epsilon)
             self.b_layernorm = RMSNorm(config.state_size, norm_epsilon)
             self.c_layernorm = RMSNorm(config.state_size, norm_epsilon)
-
-    def forward(
-        self, hidden: Tensor, state: SSMState | None = None, segments: Tensor | None = None
-    ) -> tuple[Tensor, SSMState | None]:
-        if state is not None and hidden.shape[1] == 1 and segments is None and not torch.is_grad_enabled():
-            return self._step(hidden, state)
-        y, conv, ssm = self._mix(self.in_proj(hidden), state, segments)
-        return self.out_proj(y), None if state is None else SSMState(conv, ssm)
-
-    def add_and_mix(
-        self,
-        norm: RMSNorm,
-        hidden: Tensor,
-        update: Tensor | None,
-        state: SSMState | None = None,
-        segments: Tensor | None = None,
-        overwrite: bool = False,
-    ) -> tuple[Tensor, Tensor | None, State | None]:
-        """On a GPU, if projections are plain, neither quantized nor wrapped by an adapter: one op where gradients are
-        wanted, otherwise out_proj adds to the stream; a CPU gains nothing by either."""
-        plain = all(type(layer) is Linear for layer in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj))
-        if not (plain and hidden.is_cuda):
-            return super().add_and_mix(norm, hidden, update, state, segments, overwrite)
-        if torch.is_grad_enabled():
-            return self._add_and_mix_at_once(norm, hidden, update, state, segments)
-        if hidden.shape[1] == 1 or self.config.proj_bias or (update is None and not overwrite):
-            return super().add_and_mix(norm, hidden, update, state, segments, overwrite)
-        return self._mix_and_add(norm, hidden, update, state, segments)
-
-    def _mix_and_add(
-        self, norm: RMSNorm, hidden: Tensor, update: Tensor | None, state: SSMState | None, segments: Tensor | None
-    ) -> tuple[Tensor, None, State | None]:
-        normed, total = norm.add(hidden, update)
-        y, conv, ssm = self._mix(self.in_proj(normed), state, segments)
-        add_product(total.view(-1, total.shape[-1]), y.flatten(0, 1), self.out_proj.weight.T)
-        return total, None, None if state is None else SSMState(conv, ssm)
 
     def _add_and_mix_at_once(
         self, norm: RMSNorm, hidden: Tensor, update: Tensor | None, state: SSMState | None, segments: Tensor | None
