@@ -45,9 +45,6 @@ class Mamba1(SelectiveMixer):
     def _add_and_mix_at_once(
         self, norm: RMSNorm, hidden: Tensor, update: Tensor | None, state: SSMState | None, segments: Tensor | None
     ) -> tuple[Tensor, Tensor, State | None]:
-        norms = None
-        if self.config.inner_norms:
-            norms = (self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight)
         hidden, output, conv, ssm = mamba1_block(
             hidden,
             update,
@@ -64,7 +61,7 @@ class Mamba1(SelectiveMixer):
             self.out_proj.weight,
             self.out_proj.bias,
             epsilon=norm.epsilon,
-            inner_norms=norms,
+            inner_norms=self._inner_norms() or None,
             initial_conv=None if state is None else state.conv,
             initial_state=None if state is None else state.ssm,
             segments=segments,
@@ -125,10 +122,13 @@ class Mamba1(SelectiveMixer):
         )
         return self.out_proj(y).unsqueeze(1), SSMState(conv, ssm)
 
+    def _inner_norms(self) -> tuple[Tensor, Tensor, Tensor] | tuple[()]:
+        """Weights of the norms of dt, B and C."""
+        if not self.config.inner_norms:
+            return ()
+        return self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight
+
     def step_weights(self, norm: RMSNorm) -> Mamba1Weights:
-        inner_norms = ()
-        if self.config.inner_norms:
-            inner_norms = (self.dt_layernorm.weight, self.b_layernorm.weight, self.c_layernorm.weight)
         return Mamba1Weights(
             norm=norm.weight,
             norm_epsilon=norm.epsilon,
@@ -136,7 +136,7 @@ class Mamba1(SelectiveMixer):
             conv_weight=self.conv1d.weight.squeeze(1),
             conv_bias=self.conv1d.bias,
             x_proj=projection_of(self.x_proj),
-            inner_norms=inner_norms,
+            inner_norms=self._inner_norms(),
             inner_norm_epsilon=self.norm_epsilon,
             dt_proj=projection_of(self.dt_proj),
             dt_bias=self.dt_bias,
