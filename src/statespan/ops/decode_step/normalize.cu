@@ -8,8 +8,6 @@ static_assert(INPUTS % 4 == 0);
 
 extern "C" __global__ void __launch_bounds__(THREADS) normalize(
     const H* x, i64 x_stride, const P* __restrict__ weight, W* y, i64 y_stride) {
-    __shared__ float warp_sums[THREADS / 32];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float4 values[PIECES], weights[PIECES];
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -24,13 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(
         values[i] = k < INPUTS ? fresh4(x + blockIdx.x * x_stride + k) : float4{0.0f, 0.0f, 0.0f, 0.0f};
         squares += dot4(values[i], values[i]);
     }
-    squares = sum_of_warp(squares);
-    if (lane == 0) warp_sums[warp] = squares;
-    __syncthreads();
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) sum += warp_sums[i];
-    const float factor = rsqrtf(sum / INPUTS + EPSILON);
+    const float factor = rsqrtf(sum_of_block<THREADS / 32>(squares) / INPUTS + EPSILON);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         int k = (i * THREADS + threadIdx.x) * 4;

@@ -12,7 +12,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
     extern __shared__ float4 memory[];
     float* x = reinterpret_cast<float*>(memory);  // [INPUTS], then the logits [EXPERTS]
     float* logits = x + INPUTS;
-    __shared__ float warp_sums[WARPS];
     wait_for_previous();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const i64 row = blockIdx.x;
@@ -22,13 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
         square = fmaf(value_here, value_here, square);
         x[k] = value_here * value(norm[k]);
     }
-    square = sum_of_warp(square);
-    if (lane == 0) warp_sums[warp] = square;
-    __syncthreads();
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) sum += warp_sums[i];
-    const float factor = rsqrtf(sum / INPUTS + EPSILON);
+    const float factor = rsqrtf(sum_of_block<WARPS>(square) / INPUTS + EPSILON);  // with it x is there
     for (int e = warp; e < EXPERTS; e += WARPS) {
         float logit = 0.0f;
 #pragma unroll 8

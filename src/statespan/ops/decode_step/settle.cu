@@ -9,8 +9,7 @@ static_assert(INPUTS % 64 == 0);
 
 extern "C" __global__ void __launch_bounds__(THREADS) settle(
     H* x, i64 x_stride, const float* sums, const P* __restrict__ weight, W* y) {
-    __shared__ float warp_sums[32];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x;
+    const int row = blockIdx.x;
     float4 values[PIECES], weights[PIECES];
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -38,13 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) settle(
         squares += dot4(values[i], values[i]);
     }
     if (!NORMED) return;
-    squares = sum_of_warp(squares);
-    if (lane == 0) warp_sums[warp] = squares;
-    __syncthreads();
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) sum += warp_sums[i];
-    const float factor = rsqrtf(sum / INPUTS + EPSILON);
+    const float factor = rsqrtf(sum_of_block<THREADS / 32>(squares) / INPUTS + EPSILON);
     W* tiles = y + i64(row / ROWS) * (ROWS * INPUTS) + row % ROWS * 64;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {

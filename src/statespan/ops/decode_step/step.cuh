@@ -125,6 +125,17 @@ INLINE float sum_of_warp(float x) {
     for (int bit = 16; bit > 0; bit /= 2) x += __shfl_xor_sync(0xffffffff, x, bit);
     return x;
 }
+// Of a block of so many warps; every thread gets it.
+template <int COUNT> INLINE float sum_of_block(float x) {
+    __shared__ float warp_sums[COUNT];
+    x = sum_of_warp(x);
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sum += warp_sums[i];
+    return sum;
+}
 INLINE float silu(float x) { return x * sigmoid(x); }
 INLINE float dot4(float4 a, float4 b) { return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, a.w * b.w))); }
 INLINE float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
