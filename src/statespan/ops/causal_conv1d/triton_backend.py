@@ -1,6 +1,6 @@
 # pyright: reportCallIssue=false
 # A launch takes options, num_warps, that are no parameters of the kernel.
-"""The causal depthwise convolution on GPUs: tensors to the kernels of `triton_kernels.py`."""
+"""The causal depthwise convolution on GPUs: tensors to the kernels of `triton_kernels*.py`."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from statespan.ops.causal_conv1d import triton_kernels as kernels
+from statespan.ops.causal_conv1d import triton_kernels_backward as backward_kernels
 from statespan.ops.gpu import multiprocessors
 from statespan.ops.layout import contiguous, last_contiguous
 from statespan.ops.triton_kernels import on, power_of_two
@@ -104,7 +105,7 @@ def backward(
     block = _block(channels)
     parts = x.new_empty(batch * strips, taps + 1, channels, dtype=torch.float32)
     with on(x.device):
-        kernels.backward[(batch * strips * -(-channels // block),)](
+        backward_kernels.backward[(batch * strips * -(-channels // block),)](
             grad_y,
             grad_final_state.contiguous(),
             x,
