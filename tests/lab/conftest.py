@@ -26,7 +26,12 @@ def run(setting: ToySetting, variant: str, seed: int, progress: Progress) -> Ite
 def report(setting: ToySetting, rows: Sequence[Row]) -> Findings:
     line = Line("values", list(range(len(rows))), [row["value"] for row in rows])
     cells = [[row["variant"], float(row["value"])] for row in rows]
-    checks = [Check("a value there is", bool(rows)), Check("larger than 99", rows[0]["value"] > 99), Check("?", None)]
+    there, large = bool(rows), rows[0]["value"] > 99
+    checks = [
+        Check("a value there is", there, "30", "31"),
+        Check("larger than 99", large, why="it is small"),
+        Check("?", None),
+    ]
     return Findings(checks, [Table("Values", ["variant", "value"], cells, digits=2)], [Plot("t", "x", "y", [line])])
 
 

@@ -26,7 +26,11 @@ def test_the_tiny_setting_runs(experiment: Experiment, tmp_path: Path, text: Pat
     assert all(unit.rows for unit in units)
     numbers = [v for unit in units for row in unit.rows for v in row.values() if isinstance(v, float)]
     assert numbers and all(abs(number) < 1e6 for number in numbers)
-    assert experiment.title in page and experiment.source in page and "| what must come out | came out |" in page
+    assert (
+        experiment.title in page
+        and experiment.source in page
+        and "| what must come out | here | published | came out |" in page
+    )
     assert (tmp_path / f"{experiment.name}.tiny.png").stat().st_size > 5000
 
 

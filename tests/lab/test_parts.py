@@ -206,6 +206,11 @@ def test_rows_are_averaged_over_seeds() -> None:
     assert (line.x, line.y, line.low, line.high) == ([1, 2], [3.0, 8.0], [2.0, 8.0], [4.0, 8.0])
 
 
+def test_figures_are_told_by_name() -> None:
+    assert table.told({"a": 1.26, "b": None, "c": "1.5 (1.4 to 1.6)"}) == "a 1.3, c 1.5 (1.4 to 1.6)"
+    assert table.told({"a": 2.0}, 0) == "a 2" and table.told({"a": None}) == ""
+
+
 def test_slopes_and_answers() -> None:
     assert table.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
     assert table.slope([1], [3]) is None

@@ -103,9 +103,9 @@ def test_the_page_says_everything(toy: Experiment, options: LabOptions) -> None:
     for part in (
         "# A toy",
         "Source: nowhere",
-        "| a value there is | yes |",
-        "| larger than 99 | NO |",
-        "| ? | not answered |",
+        "| a value there is | 30 | 31 | yes |",
+        "| larger than 99 |  |  | NO |",
+        "| ? |  |  | not answered |",
         "A note.",
         "![A toy](toy.cpu.png)",
         "| one | 30.00 |",
@@ -126,6 +126,17 @@ def test_the_index_counts_the_checks(toy: Experiment, options: LabOptions) -> No
     text = (options.folder / "index.md").read_text()
     assert "| [A toy](toy.md) (`toy`) | Toys work | 1 of 2 checks | not run; takes none either |" in text
     assert "| Another (`other`) | Toys work | not run; takes no time | not run; takes none either |" in text
+    assert "| A toy | a value there is | 30 | 31 | yes |" in text and "| A toy | larger than 99 |  |  | NO |" in text
+
+
+def test_the_index_tells_claims_of_the_largest_setting_with_reasons(toy: Experiment, options: LabOptions) -> None:
+    run_experiment(toy, options)
+    run_experiment(replace(toy, settings={"h100": toy.settings["cpu"]}), replace(options, setting="h100", seeds=1))
+    write_index(options.folder, {"toy": toy})
+    text = (options.folder / "index.md").read_text()
+    assert (
+        text.count("| A toy | larger than 99 |") == 1 and "| A toy | larger than 99 |  |  | NO: it is small |" in text
+    )
 
 
 def test_results_of_other_folders_are_merged(

@@ -1,12 +1,15 @@
 """Training on a task: the batches it draws, the looks it takes, and that a model learns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from statespan.errors import NonFiniteLoss, UserError
 from statespan.evaluation import TaskBatch, answer_accuracy, associative_recall, copying, induction_heads, phonebook
+from statespan.lab.induction_heads import InductionSetting
 from statespan.lab.task_models import LAYERS, MODELS, task_model
-from statespan.lab.task_training import TaskPlan, task_loss, train_on_task
+from statespan.lab.task_training import TaskPlan, TaskSetting, task_loss, train_on_task
 from statespan.models.build import build
 
 QUIET = lambda share, text: None  # noqa: E731  a progress that shows nothing
@@ -38,9 +41,9 @@ def test_steps_are_those_of_adamw_by_hand() -> None:
 
     config = task_model("lstm", vocab_size=5, hidden_size=8)
     model, other = build(config, seed=3), build(config, seed=3)
-    plan = TaskPlan(2, 0.1, weight_decay=0.0, clip_norm=0.01, final_ratio=0.5)
+    plan = TaskPlan(2, 0.1, weight_decay=0.0, clip_norm=0.01, final_ratio=0.5, beta2=0.99)
     train_on_task(model, draw, plan, QUIET)
-    optimizer = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     for step, rate in enumerate((0.1 * 0.75, 0.1 * 0.5)):  # a cosine from 1 to 0.5 at half and whole
         batch = draw(step, 1)
         logits = other(batch.input_ids).logits
@@ -134,7 +137,25 @@ def test_every_model_of_the_tasks_runs(name: str) -> None:
     assert logits is not None and logits.isfinite().all()
 
 
+def test_s6_stands_in_the_blocks_of_its_names() -> None:
+    blocks = {name: task_model(name, vocab_size=9, hidden_size=32, state_size=8).s6 for name in ("s6", "h3_s6")}
+    assert {name: config.block for name, config in blocks.items()} == {"s6": "glu", "h3_s6": "h3"}
+    assert {config.state_size for config in blocks.values()} == {8}
+
+
+def test_a_setting_says_how_each_variant_is_trained() -> None:
+    setting = InductionSetting(time="", variants=("mamba",), steps=7, other_steps=5, learning_rate=1e-3)
+    mamba, hybrid, others = (setting.plan_of(name) for name in ("mamba", "hybrid", "h3"))
+    assert (mamba.steps, mamba.learning_rate, mamba.warmup_fraction, mamba.beta2) == (7, 3e-3, 0.01, 0.999)
+    assert (hybrid.steps, hybrid.learning_rate, hybrid.beta2) == (5, 1e-3, 0.95)
+    assert others == replace(hybrid, learning_rate=2e-4)
+    alike = replace(setting, mamba_learning_rate=None, mamba_warmup_fraction=None, mamba_beta2=None)
+    assert alike.plan_of("mamba") == replace(hybrid, steps=7)
+
+
 def test_bad_sizes_get_one_line() -> None:
+    with pytest.raises(UserError, match="precision must be float32 or bfloat16, got 'float16'"):
+        TaskSetting(time="", variants=("a",), precision="float16")
     with pytest.raises(UserError, match="steps must be at least 1, got 0"):
         TaskPlan(0, 1e-3)
     with pytest.raises(UserError, match="hidden_size and state_size must be at least 1, got 8 and 0"):

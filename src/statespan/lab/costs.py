@@ -159,24 +159,26 @@ def report(setting: CostsSetting, rows: Sequence[Row]) -> Findings:
             _exponent(mine, "context", "ms_per_token"),
             _exponent(mine, "context", "state_kib"),
         )
-        told = [None if value is None else f"{round(value, 2) + 0.0:.2f}" for value in exponents[variant]]
+        told = [_told(value) for value in exponents[variant]]
         size = f"{max(table.values(mine, 'parameters')):,}"
         cells.append(
             [VARIANTS[variant], size, *(x for pair in zip(told, PUBLISHED[variant], strict=True) for x in pair)]
         )
-    checks = [
-        Check(f"{variant}: memory of the state does not grow", _below(exponents.get(variant), 2, 0.05))
-        for variant in present
-        if variant != "transformer"
-    ]
-    checks += [
-        Check(f"{variant}: training grows like the length (exponent below 1.3)", _below(exponents.get(variant), 0, 1.3))
-        for variant in present
-        if variant != "transformer"
-    ]
-    grows = exponents.get("transformer", (None, None, None))
-    checks.append(Check("transformer: the cache grows like the tokens (0.9 to 1.1)", _between(grows[2], 0.9, 1.1)))
-    checks.append(Check("transformer: training grows faster than the length", table.ordered(grows[0], 1.1)))
+    checks: list[Check] = []
+    for text, index, limit in (
+        ("memory of the state does not grow", 2, 0.05),
+        ("training grows like the length (exponent below 1.3)", 0, 1.3),
+    ):
+        for variant in present:
+            if variant != "transformer":
+                found = exponents[variant][index]
+                held = None if found is None else found < limit
+                checks.append(Check(f"{variant}: {text}", held, _told(found), PUBLISHED[variant][index]))
+    training, _, cache = exponents.get("transformer", (None, None, None))
+    tokens = None if cache is None else 0.9 < cache < 1.1
+    checks.append(Check("transformer: the cache grows like the tokens (0.9 to 1.1)", tokens, _told(cache), "t"))
+    faster = table.ordered(training, 1.1)
+    checks.append(Check("transformer: training grows faster than the length", faster, _told(training), "L^2"))
     columns = [
         "model",
         "parameters",
@@ -228,17 +230,12 @@ def _total_exponent(rows: Sequence[Row]) -> float | None:
     return None if a_token is None else 1 + a_token
 
 
-def _below(found: tuple[float | None, ...] | None, index: int, limit: float) -> bool | None:
-    value = None if found is None else found[index]
-    return None if value is None else value < limit
-
-
-def _between(value: float | None, low: float, high: float) -> bool | None:
-    return None if value is None else low < value < high
+def _told(exponent: float | None) -> str:
+    return "" if exponent is None else f"{round(exponent, 2) + 0.0:.2f}"
 
 
 H100 = CostsSetting(
-    time="40 seconds of an H100",
+    time="60 seconds of an H100",
     variants=tuple(VARIANTS),
     device="cuda",
     lengths=(512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
@@ -291,5 +288,9 @@ EXPERIMENT = Experiment(
     notes={
         "cpu": "Projections and MLPs cost the same a token whatever the length, and hide the square of attention at "
         "short lengths; exponents are of the largest lengths here, and times of one machine under its load.",
+        "h100": "A batch has 32,768 tokens, and beyond that length one row. Up to there a step of these small models "
+        "takes as long as the host needs to launch it, so that a token costs the same; longer rows fill the card, and "
+        "a token of S4D and Mamba gets cheaper: exponents below 1 say this, not that the work grows slower than the "
+        "length. LSTM and S4D generate without a graph, the others with one.",
     },
 )

@@ -1,7 +1,7 @@
 """The one form of an experiment: a claim, settings of its sizes, units of work that run alone, and what they show."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from statespan.errors import UnknownName, UserError
@@ -27,6 +27,14 @@ class Setting:
 
 
 S = TypeVar("S", bound=Setting)
+Changes = dict[str, Any]  # fields of a setting
+
+
+def settings_by_change(kind: type[S], h100: Changes, cpu: Changes, tiny: Changes) -> dict[str, S]:
+    """An experiment's settings by what each changes: on a GPU, on a CPU beside that, and tiny beside both."""
+    on_gpu = kind(**h100)
+    on_cpu = replace(on_gpu, **cpu)
+    return {"cpu": on_cpu, "h100": on_gpu, "tiny": replace(on_cpu, **tiny)}
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,9 @@ class Check:
 
     text: str
     passed: bool | None
+    ours: str = ""  # the figures it judges
+    published: str = ""  # and those of the paper
+    why: str = ""  # it may not come out on a GPU
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
 """MQAR: many keys at once, and how much a state of fixed size can hold of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from statespan.errors import UserError
 from statespan.evaluation import TaskBatch, answer_accuracy, associative_recall
 from statespan.lab import rows as table
-from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Setting, Table
+from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Table
 from statespan.lab.task_models import task_model
-from statespan.lab.task_training import TaskPlan, train_on_task
+from statespan.lab.task_training import TaskSetting, task_settings, train_on_task
 from statespan.models.build import build
-from statespan.training.trainer import PRECISIONS
 
 TEST_SEED = 2**40
 MODELS = {  # the model of task_models, and its state size
@@ -32,19 +31,15 @@ VARIANTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MqarSetting(Setting):
-    """Sizes of the task, the models and the training."""
+class MqarSetting(TaskSetting):
+    """Sizes of the task and the models."""
 
     length: int = 256
     num_pairs: tuple[int, ...] = (8, 16, 32, 64)  # of training, in this order, a share of the steps each; and tested
     vocab_size: int = 8192
     hidden_size: int = 64
-    steps: int = 8192
-    batch_size: int = 512
-    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
     test_rows: int = 512
-    precision: str = "float32"
-    look_every: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,9 +47,6 @@ class MqarSetting(Setting):
             raise UserError("num_pairs is empty; name at least one")
         for count in self.num_pairs:
             associative_recall(0, 1, length=self.length, num_pairs=count, vocab_size=self.vocab_size)
-        TaskPlan(self.steps, self.learning_rate)
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision must be float32 or bfloat16, got {self.precision!r}")
 
 
 def run(setting: MqarSetting, variant: str, seed: int, progress: Progress) -> Iterator[Row]:
@@ -88,17 +80,7 @@ def run(setting: MqarSetting, variant: str, seed: int, progress: Progress) -> It
         curve.append({"step": step, "loss": loss, "looked": 100 * right})
         return False
 
-    plan = TaskPlan(
-        setting.steps,
-        setting.learning_rate,
-        warmup_fraction=0.05,
-        final_ratio=0.05,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        precision=PRECISIONS[setting.precision],
-        look_every=setting.look_every,
-    )
-    train_on_task(model, draw, plan, progress, look)
+    train_on_task(model, draw, setting.plan(), progress, look)
     yield from curve
     for count in setting.num_pairs:
         right, rows, at_once = 0.0, 0, min(128, setting.test_rows)
@@ -119,12 +101,28 @@ def report(setting: MqarSetting, rows: Sequence[Row]) -> Findings:
     attention, hybrid = at_most("attention"), at_most("hybrid_n16")
     near = None if attention is None or large is None else abs(attention - large) < 10
     checks = [
-        Check(f"attention and Mamba-2 (N = 64) within 10 points at {most} pairs", near),
-        Check("Mamba-2 (N = 64) above Mamba-2 (N = 16)", table.ordered(large, small)),
-        Check("Mamba-2 (N = 16) above Mamba-1 (N = 16)", table.ordered(small, first)),
+        Check(
+            f"attention and Mamba-2 (N = 64) within 10 points at {most} pairs",
+            near,
+            table.told({"attention": attention, "N = 64:": large}),
+            "a figure: alike",
+        ),
+        Check(
+            "Mamba-2 (N = 64) above Mamba-2 (N = 16)",
+            table.ordered(large, small),
+            table.told({"N = 64:": large, "N = 16:": small}),
+            "a figure: above",
+        ),
+        Check(
+            "Mamba-2 (N = 16) above Mamba-1 (N = 16)",
+            table.ordered(small, first),
+            table.told({"Mamba-2": small, "Mamba-1": first}),
+            "a figure: far above",
+        ),
         Check(
             "one layer of attention closes the gap: the hybrid within 10 points of attention or above",
             (None if attention is None or hybrid is None else hybrid > attention - 10),
+            table.told({"hybrid": hybrid, "attention": attention}),
         ),
     ]
     present = [variant for variant in VARIANTS if table.of(rows, variant=variant)]
@@ -146,56 +144,40 @@ def report(setting: MqarSetting, rows: Sequence[Row]) -> Findings:
     )
 
 
-H100 = MqarSetting(
-    time="2 minutes of an H200, 8 units side by side",
-    variants=("mamba2_n64", "mamba2_n16", "mamba_n16", "hybrid_n16", "attention"),
-    seeds=3,
-    device="cuda",
-    steps=6000,
-    batch_size=128,
-    precision="bfloat16",
-    look_every=500,
-)
-CPU = replace(
-    H100,
-    time="60 s of 2 cores",
-    precision="float32",
-    variants=("attention", "mamba2_n64", "mamba2_n16", "mamba_n16", "hybrid_n16"),
-    seeds=1,
-    device="cpu",
-    length=32,
-    num_pairs=(2, 4, 8),
-    vocab_size=64,
-    hidden_size=32,
-    steps=800,
-    batch_size=32,
-    learning_rate=4e-3,
-    test_rows=128,
-    look_every=100,
-)
-
 EXPERIMENT = Experiment(
     name="mqar",
     title="Recall of many keys (MQAR)",
     claim="Recall of many keys needs room: Mamba-2 with N = 64 keeps up with attention, with N = 16 less so, Mamba-1 "
     "with N = 16 least. One layer of attention in a hybrid closes the gap.",
     source="Mamba-2, arXiv 2405.21060, section 9.1 and figure 8; the task: Zoology, arXiv 2312.04927",
-    settings={
-        "cpu": CPU,
-        "h100": H100,
-        "tiny": replace(
-            CPU,
-            time="a second",
-            variants=("attention", "mamba2_n16"),
-            length=16,
-            num_pairs=(2, 4),
-            hidden_size=16,
-            steps=4,
-            batch_size=2,
-            test_rows=3,
-            look_every=2,
-        ),
-    },
+    settings=task_settings(
+        MqarSetting,
+        h100={
+            "time": "2 minutes of an H200, 8 units side by side",
+            "variants": tuple(name for name in VARIANTS if name != "s4d"),
+            "batch_size": 128,
+            "learning_rate": 3e-3,
+            "precision": "bfloat16",
+        },
+        cpu={
+            "length": 32,
+            "num_pairs": (2, 4, 8),
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "steps": 800,
+            "batch_size": 32,
+            "learning_rate": 4e-3,
+            "test_rows": 128,
+            "look_every": 100,
+        },
+        tiny={
+            "variants": ("attention", "mamba2_n16"),
+            "length": 16,
+            "num_pairs": (2, 4),
+            "steps": 4,
+            "test_rows": 3,
+        },
+    ),
     variants=VARIANTS,
     run=run,
     report=report,

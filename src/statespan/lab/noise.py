@@ -2,17 +2,13 @@
 
 import math
 import random
-import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 from statespan.errors import UserError
 from statespan.lab import rows as table
 from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Table
-from statespan.lab.text_training import TextSetting, corpora, text_settings, train_on_text
+from statespan.lab.text_training import SubwordSetting, corpora, subwords, text_settings, train_on_text
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
 from statespan.training import evaluate
@@ -35,23 +31,16 @@ NOISES = {
 }
 
 
-_finding = threading.Lock()  # units that run side by side wait for one of them to find the subwords
-
-
 @dataclass(frozen=True, kw_only=True)
-class NoiseSetting(TextSetting):
-    """Size of the models, of the vocabulary, and of the noise."""
+class NoiseSetting(SubwordSetting):
+    """Size of the models and of the noise."""
 
     hidden_size: int = 384
     num_layers: int = 6
-    vocab_size: int = 4096  # subwords
     share: float = 0.3  # of the characters dropped or swapped
-    tokenizer_bytes: int = 4_000_000  # of training text that the subwords are found in
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocab_size < 257:
-            raise UserError(f"vocab_size must be above 256, the bytes, got {self.vocab_size}")
         if not 0 < self.share < 1:
             raise UserError(f"share must be above 0 and below 1, got {self.share}")
 
@@ -88,36 +77,9 @@ def _swapped(text: str, share: float, chance: random.Random) -> str:
     return "".join(characters)
 
 
-@lru_cache(maxsize=1)
-def _trained_tokenizer(setting: NoiseSetting) -> tuple[str, tempfile.TemporaryDirectory[str]]:
-    """A tokenizer.json of byte-level BPE of the training text, in a folder that lasts as long as this is kept."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    train, _ = corpora(setting)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=setting.vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    documents = sample(train, setting.tokenizer_bytes)
-    tokenizer.train_from_iterator(
-        (documents.document(i).tobytes().decode(errors="ignore") for i in range(len(documents))), trainer
-    )
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "tokenizer.json"
-    tokenizer.save(str(path))
-    return str(path), folder
-
-
 def tokenizer_of(setting: NoiseSetting, variant: str) -> str:
-    """ "bytes", or the subwords' tokenizer.json, which is trained once a process."""
-    if variant == "bytes":
-        return "bytes"
-    with _finding:
-        return _trained_tokenizer(setting)[0]
+    """ "bytes", or the subwords' tokenizer.json."""
+    return "bytes" if variant == "bytes" else subwords(setting)
 
 
 def run(setting: NoiseSetting, variant: str, seed: int, progress: Progress) -> Iterator[Row]:
@@ -156,7 +118,12 @@ def report(setting: NoiseSetting, rows: Sequence[Row]) -> Findings:
         return None if noisy is None or clean is None else noisy - clean
 
     checks = [
-        Check(f"{noise}: bytes lose less than subwords", table.ordered(cost("subwords", noise), cost("bytes", noise)))
+        Check(
+            f"{noise}: bytes lose less than subwords",
+            table.ordered(cost("subwords", noise), cost("bytes", noise)),
+            table.told({variant: cost(variant, noise) for variant in VARIANTS}, 3),
+            table.told(dict(zip(VARIANTS, PUBLISHED[noise], strict=True))),
+        )
         for noise in NOISES
     ]
     cells: list[list[str | float | None]] = [

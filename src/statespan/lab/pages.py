@@ -62,8 +62,8 @@ def _place(name: str, units: list[Unit]) -> str:
 
 
 def _checks(checks: Iterable[Check]) -> str:
-    rows = [f"| {check.text} | {MARKS[check.passed]} |" for check in checks]
-    return "\n".join(["| what must come out | came out |", "|---|---|", *rows, ""])
+    rows = [f"| {check.text} | {check.ours} | {check.published} | {MARKS[check.passed]} |" for check in checks]
+    return "\n".join(["| what must come out | here | published | came out |", "|---|---|---|---|", *rows, ""])
 
 
 def _table(table: Table) -> str:
@@ -134,7 +134,25 @@ def write_index(folder: Path, experiments: Mapping[str, Experiment[Any]]) -> Non
         title = f"[{experiment.title}]({name}.md)" if there else experiment.title
         cells = [_came_out(experiment, setting, folder) for setting in PLACES]
         lines.append(f"| {title} (`{name}`) | {experiment.claim.split('. ')[0].rstrip('.')} | {' | '.join(cells)} |")
+    lines += ["", "Every claim in its largest setting that has run:\n", "| | claim | here | published | came out |"]
+    lines.append("|---|---|---|---|---|")
+    lines += [row for experiment in experiments.values() for row in _claims(experiment, folder)]
     (folder / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _claims(experiment: Experiment[Any], folder: Path) -> list[str]:
+    """A row a check, of the largest setting that has results; what did not come out with the reason."""
+    for name in reversed(PLACES):
+        units = read_units(results_path(folder, experiment.name, name))
+        if units:
+            break
+    else:
+        return []
+    rows: list[str] = []
+    for check in findings_of(experiment, name, units).checks:
+        mark = f"NO: {check.why}" if check.passed is False and check.why and name == "h100" else MARKS[check.passed]
+        rows.append(f"| {experiment.title} | {check.text} | {check.ours} | {check.published} | {mark} |")
+    return rows
 
 
 def _came_out(experiment: Experiment[Any], name: str, folder: Path) -> str:

@@ -1,19 +1,18 @@
 """Needle in a haystack and phonebook: trained short, asked long."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from statespan.errors import UserError
 from statespan.evaluation import TaskBatch, answer_accuracy, needle, phonebook
 from statespan.evaluation.retrieval import ENTRY_LENGTH, VOCAB_SIZE
 from statespan.lab import rows as table
-from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Setting, Table
-from statespan.lab.task_training import TaskPlan, train_on_task
+from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Table
+from statespan.lab.task_training import TaskSetting, task_settings, train_on_task
 from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import pattern_from_text
-from statespan.training.trainer import PRECISIONS
 
 TEST_SEED = 2**40
 PATTERNS = {  # layer patterns; every second layer is an MLP
@@ -31,24 +30,20 @@ VARIANTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalSetting(Setting):
-    """Sizes of the tasks, the models and the training."""
+class RetrievalSetting(TaskSetting):
+    """Sizes of the tasks and the models; every second step is a phonebook."""
 
     hidden_size: int = 256
     state_size: int = 64
-    num_entries: tuple[int, ...] = (4, 8, 16, 32, 64)  # of training: drawn among them, step by step
+    num_entries: tuple[int, ...] = (8, 16, 32)  # of training: drawn among them, step by step
     test_entries: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
     num_queries: int = 4
-    haystack: int = 1024  # bytes of a text in training
+    haystack: int = 512  # bytes of a text in training
     test_haystacks: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    steps: int = 8000  # every second a phonebook
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
     test_rows: int = 64
     test_bytes: int = 2**18  # at once
-    precision: str = "float32"
-    look_every: int = 500
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,9 +53,6 @@ class RetrievalSetting(Setting):
             needle(0, 1, length=length)
         if not (self.num_entries and self.test_entries and self.test_haystacks and self.depths):
             raise UserError("num_entries, test_entries, test_haystacks and depths need at least one value each")
-        TaskPlan(self.steps, self.learning_rate)
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision must be float32 or bfloat16, got {self.precision!r}")
 
 
 def run(setting: RetrievalSetting, variant: str, seed: int, progress: Progress) -> Iterator[Row]:
@@ -77,20 +69,10 @@ def run(setting: RetrievalSetting, variant: str, seed: int, progress: Progress) 
         queries = min(setting.num_queries, entries)
         return phonebook(at, setting.batch_size, num_entries=entries, num_queries=queries, device=setting.device)
 
-    plan = TaskPlan(
-        setting.steps,
-        setting.learning_rate,
-        warmup_fraction=0.05,
-        final_ratio=0.05,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        precision=PRECISIONS[setting.precision],
-        look_every=setting.look_every,
-    )
     train_on_task(
         model,
         draw,
-        plan,
+        setting.plan(),
         lambda share, text: progress(0.8 * share, text),
         lambda step, loss: curve.append({"step": step, "loss": loss}) or False,
     )
@@ -145,12 +127,26 @@ def report(setting: RetrievalSetting, rows: Sequence[Row]) -> Findings:
 
     trained = max(setting.num_entries) * ENTRY_LENGTH
     checks = [
-        Check("phonebook: the hybrid above Mamba-2, over all books", table.ordered(holds("hybrid"), holds("mamba2"))),
-        Check("phonebook: Mamba-2 above Mamba-1", table.ordered(holds("mamba2"), holds("mamba"))),
+        Check(
+            "phonebook: the hybrid above Mamba-2, over all books",
+            table.ordered(holds("hybrid"), holds("mamba2")),
+            table.told({name: holds(name) for name in ("hybrid", "mamba2")}, 0),
+        ),
+        Check(
+            "phonebook: Mamba-2 above Mamba-1",
+            table.ordered(holds("mamba2"), holds("mamba")),
+            table.told({name: holds(name) for name in ("mamba2", "mamba")}, 0),
+        ),
     ]
     for name, task, most in (("phonebook", books, trained), ("needle", texts, setting.haystack)):
-        better = table.ordered(beyond("hybrid", task, most), beyond("attention", task, most))
-        checks.append(Check(f"{name}: past the length of training the hybrid above attention with RoPE", better))
+        hybrid, attention = (beyond(variant, task, most) for variant in ("hybrid", "attention"))
+        checks.append(
+            Check(
+                f"{name}: past the length of training the hybrid above attention with RoPE",
+                table.ordered(hybrid, attention),
+                table.told({"hybrid": hybrid, "attention": attention}, 0),
+            )
+        )
     book_cells = [
         [VARIANTS[v], *(both(books, variant=v, entries=count) for count in setting.test_entries)] for v in present
     ]
@@ -212,62 +208,46 @@ def both(rows: Sequence[Row], **fields: object) -> str | None:
     return None if right is None or digits is None else f"{right:.0f} ({digits:.0f})"
 
 
-H100 = RetrievalSetting(
-    time="2 minutes of an H200, 6 units side by side",
-    variants=tuple(VARIANTS),
-    seeds=3,
-    device="cuda",
-    num_entries=(8, 16, 32),
-    haystack=512,
-    steps=3000,
-    precision="bfloat16",
-)
-CPU = replace(
-    H100,
-    time="60 s of 2 cores",
-    precision="float32",
-    variants=("mamba2", "hybrid", "attention"),
-    seeds=1,
-    device="cpu",
-    hidden_size=64,
-    state_size=16,
-    num_entries=(2, 3),
-    test_entries=(2, 3, 6, 12),
-    num_queries=2,
-    haystack=24,
-    test_haystacks=(24, 48, 96),
-    depths=(0.0, 0.5, 1.0),
-    steps=500,
-    batch_size=24,
-    learning_rate=4e-3,
-    look_every=50,
-)
-
 EXPERIMENT = Experiment(
     name="retrieval",
     title="Needle in a haystack and phonebook",
     claim="A number is to be found again in a long text, or in a book of many. Pure state-space models break first as "
     "the book grows; a hybrid holds, also past the length of training.",
     source="Mamba-2-Hybrid, arXiv 2406.07887 (phonebook); Jamba, arXiv 2403.19887, section 5.2 (needle)",
-    settings={
-        "cpu": CPU,
-        "h100": H100,
-        "tiny": replace(
-            CPU,
-            time="a second",
-            variants=("mamba2", "hybrid"),
-            hidden_size=16,
-            num_entries=(2,),
-            test_entries=(2, 3),
-            haystack=12,
-            test_haystacks=(12, 20),
-            depths=(0.0, 1.0),
-            steps=4,
-            batch_size=2,
-            test_rows=3,
-            look_every=2,
-        ),
-    },
+    settings=task_settings(
+        RetrievalSetting,
+        h100={
+            "time": "2 minutes of an H200, 6 units side by side",
+            "variants": tuple(VARIANTS),
+            "steps": 3000,
+            "precision": "bfloat16",
+        },
+        cpu={
+            "variants": ("mamba2", "hybrid", "attention"),
+            "hidden_size": 64,
+            "state_size": 16,
+            "num_entries": (2, 3),
+            "test_entries": (2, 3, 6, 12),
+            "num_queries": 2,
+            "haystack": 24,
+            "test_haystacks": (24, 48, 96),
+            "depths": (0.0, 0.5, 1.0),
+            "steps": 500,
+            "batch_size": 24,
+            "learning_rate": 4e-3,
+            "look_every": 50,
+        },
+        tiny={
+            "variants": ("mamba2", "hybrid"),
+            "num_entries": (2,),
+            "test_entries": (2, 3),
+            "haystack": 12,
+            "test_haystacks": (12, 20),
+            "depths": (0.0, 1.0),
+            "steps": 4,
+            "test_rows": 3,
+        },
+    ),
     variants=VARIANTS,
     run=run,
     report=report,

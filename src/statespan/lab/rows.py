@@ -1,6 +1,6 @@
 """Rows grouped and averaged: what most reports do with them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from statespan.lab.experiment import Line, Row
 
@@ -32,6 +32,12 @@ def spread(rows: Sequence[Row], name: str, digits: int = 1, **fields: object) ->
         return None
     center = f"{sum(numbers) / len(numbers):.{digits}f}"
     return center if len(numbers) == 1 else f"{center} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def told(figures: Mapping[str, float | str | None], digits: int = 1) -> str:
+    """Figures by name as text, such as "Mamba 99.8, S4D 36.8"; those that are missing are left out."""
+    cells = {k: v if isinstance(v, str) else f"{v:.{digits}f}" for k, v in figures.items() if v is not None}
+    return ", ".join(f"{name} {figure}" for name, figure in cells.items())
 
 
 def line(label: str, rows: Sequence[Row], x: str, y: str, published: bool = False, **fields: object) -> Line:

@@ -1,13 +1,13 @@
 """What RNN, Transformer, S4D and Mamba can and cannot learn: three tasks that tell them apart."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from statespan.evaluation import TaskBatch, answer_accuracy, copying, induction_heads, selective_copying
 from statespan.lab import rows as table
-from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Setting, Table
+from statespan.lab.experiment import Check, Experiment, Findings, Plot, Progress, Row, Table
 from statespan.lab.task_models import MODELS, task_model
-from statespan.lab.task_training import TaskPlan, train_on_task
+from statespan.lab.task_training import TaskSetting, task_settings, train_on_task
 from statespan.models.build import build
 from statespan.models.language_model import LanguageModel
 
@@ -23,24 +23,19 @@ VARIANTS = {name: MODELS[name] for name in ("lstm", "attention_rope", "s4d_in_ma
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskMatrixSetting(Setting):
-    """Sizes of the tasks, the models and the training."""
+class TaskMatrixSetting(TaskSetting):
+    """Sizes of the tasks and the models."""
 
     length: int = 128
     num_tokens: int = 8
     vocab_size: int = 16
     hidden_size: int = 64
-    steps: int = 20_000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
     test_rows: int = 256
-    look_every: int = 500
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for task in TASKS:
             self.draw(task, 0, 1, "cpu")
-        TaskPlan(self.steps, self.learning_rate)
         task_model("attention_rope", vocab_size=self.vocab_size, hidden_size=self.hidden_size)
 
     def draw(self, task: str, seed: int, rows: int, device: str | None = None) -> TaskBatch:
@@ -57,29 +52,18 @@ class TaskMatrixSetting(Setting):
 def run(setting: TaskMatrixSetting, variant: str, seed: int, progress: Progress) -> Iterator[Row]:
     """Train a fresh model on each task until it is right or the steps are over."""
     config = task_model(variant, vocab_size=setting.vocab_size, hidden_size=setting.hidden_size)
-    plan = TaskPlan(
-        setting.steps,
-        setting.learning_rate,
-        warmup_fraction=0.05,
-        final_ratio=0.05,
-        clip_norm=1.0,
-        look_every=setting.look_every,
-    )
     for index, name in enumerate(TASKS):
         model = build(config, seed=seed, device=setting.device)
         yield from learn(
             setting,
             model,
             name,
-            plan,
             seed,
             lambda share, text, index=index: progress((index + share) / len(TASKS), text),
         )
 
 
-def learn(
-    setting: TaskMatrixSetting, model: LanguageModel, name: str, plan: TaskPlan, seed: int, progress: Progress
-) -> list[Row]:
+def learn(setting: TaskMatrixSetting, model: LanguageModel, name: str, seed: int, progress: Progress) -> list[Row]:
     """The rows of one task: accuracy along the way and at the end."""
     test, curve = setting.draw(name, TEST_SEED + seed, setting.test_rows), list[Row]()
 
@@ -91,7 +75,7 @@ def learn(
     def draw(step: int, count: int) -> TaskBatch:
         return setting.draw(name, seed * setting.steps + step, count * setting.batch_size)
 
-    steps = train_on_task(model, draw, plan, progress, look)
+    steps = train_on_task(model, draw, setting.plan(), progress, look)
     return [*curve, {"task": name, "final": curve[-1]["accuracy"], "steps": steps}]
 
 
@@ -109,13 +93,31 @@ def report(setting: TaskMatrixSetting, rows: Sequence[Row]) -> Findings:
         found = table.values(rows, "final", variant=variant, task=task)
         return max(found) < LEARNT if found else None
 
+    def told(variant: str, *tasks: str) -> str:
+        figures = {task: table.spread(rows, "final", variant=variant, task=task) for task in tasks}
+        return table.told(figures)
+
     checks = [
         Check(
-            f"Mamba learns all three ({LEARNT:g}% of the tokens)", table.all_of(*(learnt("mamba", t) for t in TASKS))
+            f"Mamba learns all three ({LEARNT:g}% of the tokens)",
+            table.all_of(*(learnt("mamba", t) for t in TASKS)),
+            told("mamba", *TASKS),
         ),
-        Check("S4D learns copying", learnt("s4d_in_mamba", "copying")),
-        Check("S4D does not learn selective copying", not_learnt("s4d_in_mamba", "selective_copying")),
-        Check("S4D does not learn induction heads", not_learnt("s4d_in_mamba", "induction_heads")),
+        Check("S4D learns copying", learnt("s4d_in_mamba", "copying"), told("s4d_in_mamba", "copying")),
+        Check(
+            "S4D does not learn selective copying",
+            not_learnt("s4d_in_mamba", "selective_copying"),
+            told("s4d_in_mamba", "selective_copying"),
+            "S4 56.4 at 4,096 places",
+        ),
+        Check(
+            "S4D does not learn induction heads",
+            not_learnt("s4d_in_mamba", "induction_heads"),
+            told("s4d_in_mamba", "induction_heads"),
+            "H3 100 at 256 tokens",
+            why="in the paper too H3, with S4 inside, is right at the length of its training; it fails beyond "
+            "(induction_heads)",
+        ),
     ]
     cells = [
         [
@@ -141,54 +143,34 @@ def report(setting: TaskMatrixSetting, rows: Sequence[Row]) -> Findings:
     return Findings(checks, [Table("Right tokens in percent", columns, cells)], plots)
 
 
-H100 = TaskMatrixSetting(
-    time="2 minutes of an H200, 8 units side by side",
-    variants=tuple(VARIANTS),
-    seeds=3,
-    device="cuda",
-    steps=6000,
-    learning_rate=2e-3,
-    look_every=250,
-)
-CPU = replace(
-    H100,
-    time="60 s of 2 cores",
-    variants=("lstm", "s4d_in_mamba", "mamba"),
-    seeds=1,
-    device="cpu",
-    length=24,
-    num_tokens=3,
-    vocab_size=6,
-    hidden_size=48,
-    steps=400,
-    batch_size=32,
-    learning_rate=3e-3,
-    test_rows=128,
-    look_every=50,
-)
-
 EXPERIMENT = Experiment(
     name="task_matrix",
     title="What each family can learn",
     claim="A linear time-invariant model learns delays, but neither to skip noise nor to look something up. Mamba "
     "learns all of it, with a state of fixed size as an RNN.",
     source="Mamba, arXiv 2312.00752, sections 3.1 and 4.1",
-    settings={
-        "cpu": CPU,
-        "h100": H100,
-        "tiny": replace(
-            CPU,
-            time="a second",
-            variants=("lstm", "mamba"),
-            length=6,
-            num_tokens=2,
-            hidden_size=16,
-            steps=3,
-            batch_size=2,
-            test_rows=3,
-            look_every=2,
-        ),
-    },
+    settings=task_settings(
+        TaskMatrixSetting,
+        h100={
+            "time": "2 minutes of an H200, 8 units side by side",
+            "variants": tuple(VARIANTS),
+            "learning_rate": 2e-3,
+            "look_every": 250,
+        },
+        cpu={
+            "variants": ("lstm", "s4d_in_mamba", "mamba"),
+            "length": 24,
+            "num_tokens": 3,
+            "vocab_size": 6,
+            "hidden_size": 48,
+            "steps": 400,
+            "batch_size": 32,
+            "learning_rate": 3e-3,
+            "test_rows": 128,
+            "look_every": 50,
+        },
+        tiny={"variants": ("lstm", "mamba"), "length": 6, "num_tokens": 2, "steps": 3, "test_rows": 3},
+    ),
     variants=VARIANTS,
     run=run,
     report=report,

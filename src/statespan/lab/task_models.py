@@ -1,7 +1,7 @@
 """The small models of the synthetic tasks: two layers, from a layer pattern, one mixer or two."""
 
 from statespan.errors import UserError
-from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config, S4Config, S4DConfig
+from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config, S4Config, S4DConfig, S6Config
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec, MixerName
 
@@ -11,7 +11,9 @@ MODELS = {
     "s4d_in_mamba": "S4D-Lin in Mamba's block: the same without selection",
     "s4_in_mamba": "S4 in Mamba's block",
     "h3": "S4D in H3's block",
+    "h3_s6": "S6 in H3's block",
     "s4": "S4 without a gate from the input",
+    "s6": "S6 in S4's block, without a gate from the input",
     "attention_rope": "attention with rotary positions",
     "attention_learned": "attention with learned positions",
     "attention": "attention without positions",
@@ -25,7 +27,9 @@ LAYERS: dict[str, tuple[MixerName, MixerName]] = {
     "s4d_in_mamba": ("s4d", "s4d"),
     "s4_in_mamba": ("s4", "s4"),
     "h3": ("s4d", "s4d"),
+    "h3_s6": ("s6", "s6"),
     "s4": ("s4", "s4"),
+    "s6": ("s6", "s6"),
     "attention_rope": ("attention", "attention"),
     "attention_learned": ("attention", "attention"),
     "attention": ("attention", "attention"),
@@ -44,7 +48,7 @@ def task_model(
         name: one of MODELS.
         vocab_size: tokens.
         hidden_size: width of the residual stream.
-        state_size: N of Mamba-1 and Mamba-2; the S4 family has 64, as published.
+        state_size: N of Mamba-1, Mamba-2 and S6; the S4 family has 64, as published.
         num_heads: of attention. Mamba-2 has heads of 16 channels or more.
         longest: tokens for which there are learned positions.
     Raises:
@@ -65,4 +69,5 @@ def task_model(
         ),
         s4=S4Config(block="mamba", expand=2) if name == "s4_in_mamba" else S4Config(),
         s4d=S4DConfig(block="h3") if name == "h3" else S4DConfig(block="mamba", expand=2),
+        s6=S6Config(state_size=state_size, block="h3" if name == "h3_s6" else "glu"),
     )

@@ -3,23 +3,29 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from statespan.errors import NonFiniteLoss, UserError
 from statespan.evaluation import TaskBatch
-from statespan.lab.experiment import Progress
+from statespan.lab.experiment import Changes, Progress, Setting, settings_by_change
 from statespan.models.language_model import LanguageModel
 from statespan.ops import linear_cross_entropy
 from statespan.training import OptimizerConfig, ScheduleConfig
 from statespan.training.optimizer import build_optimizer
 from statespan.training.schedule import learning_rate_factor
+from statespan.training.trainer import PRECISIONS
 from statespan.training.updates import CapturedUpdates, Loss, Updates
 
 STEPS_AT_ONCE, TOKENS_AT_ONCE = 64, 2**21  # drawn on a GPU in one go, at most
 LTI_LEARNING_RATE = 1e-3  # at most, of A, B and dt in the layers of the S4 family, as published
 ON_HOST = ("s4", "lssl")  # mixers that make their systems on the host: no graph
+
+ON_GPU: Changes = {"device": "cuda", "seeds": 3}
+ON_CPU: Changes = {"time": "60 s of 2 cores", "device": "cpu", "seeds": 1, "precision": "float32"}
+TINY: Changes = {"time": "a second", "hidden_size": 16, "batch_size": 2, "look_every": 2}
 
 OnLook = Callable[[int, float], bool]
 
@@ -34,6 +40,7 @@ class TaskPlan:
     final_ratio: float = 1.0  # last learning rate / peak, by a cosine; 1: constant
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    beta2: float = 0.95  # of AdamW: of the mean of squared gradients
     precision: torch.dtype = torch.float32  # bfloat16: autocast
     look_every: int = 100  # steps between looks at the loss
 
@@ -46,6 +53,50 @@ class TaskPlan:
         schedule = ScheduleConfig("cosine", self.warmup_fraction, final_ratio=self.final_ratio)
         shares = ((step + 1) / self.steps for step in range(self.steps))
         return [self.learning_rate * learning_rate_factor(share, schedule) for share in shares]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSetting(Setting):
+    """How the models of a synthetic task are trained; each experiment adds the sizes of its task."""
+
+    steps: int = 6000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.05
+    final_ratio: float = 0.05  # last learning rate / peak, by a cosine; 1: constant
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    beta2: float = 0.95  # of AdamW
+    precision: str = "float32"
+    look_every: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+        self.plan()
+
+    def plan(self) -> TaskPlan:
+        """Steps and learning rates."""
+        return TaskPlan(
+            self.steps,
+            self.learning_rate,
+            warmup_fraction=self.warmup_fraction,
+            final_ratio=self.final_ratio,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            beta2=self.beta2,
+            precision=PRECISIONS[self.precision],
+            look_every=self.look_every,
+        )
+
+
+T = TypeVar("T", bound=TaskSetting)
+
+
+def task_settings(kind: type[T], h100: Changes, cpu: Changes, tiny: Changes) -> dict[str, T]:
+    """An experiment's settings by what each changes of those that the synthetic tasks share."""
+    return settings_by_change(kind, ON_GPU | h100, ON_CPU | cpu, TINY | tiny)
 
 
 def train_in_looks(
@@ -71,7 +122,12 @@ def train_in_looks(
         NonFiniteLoss: the loss is no number.
     """
     lti = min(plan.learning_rate, LTI_LEARNING_RATE)
-    config = OptimizerConfig(learning_rate=plan.learning_rate, lti_learning_rate=lti, weight_decay=plan.weight_decay)
+    config = OptimizerConfig(
+        learning_rate=plan.learning_rate,
+        lti_learning_rate=lti,
+        weight_decay=plan.weight_decay,
+        betas=(0.9, plan.beta2),
+    )
     captured = model.device.type == "cuda" and all(spec.mixer not in ON_HOST for spec in model.config.layers)
     make = CapturedUpdates if captured else Updates
     updates = make(model, build_optimizer(model, config), loss, plan.learning_rates(), plan.clip_norm)

@@ -27,6 +27,10 @@ class HeldOut:
         pairs = itertools.pairwise(self.bits[variant] for variant in variants)
         return table.all_of(*(table.ordered(worse, better) for worse, better in pairs))
 
+    def told(self, *variants: str) -> str:
+        """Their means, by name."""
+        return table.told({variant: self.bits[variant] for variant in variants}, 3)
+
     def figure(self, variant: str) -> str | None:
         """Mean and range over the seeds."""
         return table.spread(self._rows, "held_out", 3, variant=variant)

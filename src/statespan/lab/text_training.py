@@ -2,20 +2,21 @@
 
 import math
 import sysconfig
+import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.lab.experiment import Progress, Row, Setting
+from statespan.lab.experiment import Changes, Progress, Row, Setting, settings_by_change
 from statespan.lab.task_training import TaskPlan, train_in_looks
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
@@ -27,8 +28,8 @@ from statespan.training.run import sample
 from statespan.training.trainer import PRECISIONS
 
 LIBRARY, PACKAGES = "python", "packages"  # a setting's `text`: Python sources of the standard library, or installed
-ON_GPU: dict[str, Any] = {"device": "cuda", "seeds": 3, "text": PACKAGES, "max_files": 8000}
-ON_CPU: dict[str, Any] = {
+ON_GPU: Changes = {"device": "cuda", "seeds": 3, "text": PACKAGES, "max_files": 8000}
+ON_CPU: Changes = {
     "time": "60 s of 2 cores",
     "device": "cpu",
     "seeds": 1,
@@ -40,7 +41,7 @@ ON_CPU: dict[str, Any] = {
     "held_out_bytes": 65_536,
     "log_every": 25,
 }
-TINY: dict[str, Any] = {
+TINY: Changes = {
     "time": "seconds",
     "hidden_size": 16,
     "sequence_length": 32,
@@ -49,7 +50,8 @@ TINY: dict[str, Any] = {
     "held_out_bytes": 2000,
     "log_every": 1,
 }
-_reading = threading.Lock()  # units that run side by side wait for one of them to read the text
+# Units that run side by side wait for one of them to read the text, or to find the subwords.
+_reading, _finding = threading.Lock(), threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +103,9 @@ class TextSetting(Setting):
 T = TypeVar("T", bound=TextSetting)
 
 
-def text_settings(kind: type[T], h100: dict[str, Any], cpu: dict[str, Any], tiny: dict[str, Any]) -> dict[str, T]:
-    """An experiment's settings by what each changes: on a GPU, on a CPU beside that, and tiny beside both."""
-    on_gpu = kind(**(ON_GPU | h100))
-    on_cpu = replace(on_gpu, **(ON_CPU | cpu))
-    return {"cpu": on_cpu, "h100": on_gpu, "tiny": replace(on_cpu, **(TINY | tiny))}
+def text_settings(kind: type[T], h100: Changes, cpu: Changes, tiny: Changes) -> dict[str, T]:
+    """An experiment's settings by what each changes of those that the experiments on text share."""
+    return settings_by_change(kind, ON_GPU | h100, ON_CPU | cpu, TINY | tiny)
 
 
 def corpora(setting: TextSetting, tokenizer: str = "bytes") -> tuple[Corpus, Corpus]:
@@ -124,6 +124,49 @@ def _read(text: str, max_files: int | None, tokenizer: str) -> tuple[Corpus, Cor
     train, held_out = load_data(config, load_tokenizer(tokenizer))
     assert held_out is not None  # a share is held out
     return train, held_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubwordSetting(TextSetting):
+    """Text as subwords, found in a part of it by byte-pair encoding."""
+
+    vocab_size: int = 4096
+    tokenizer_bytes: int = 4_000_000  # of training text that the subwords are found in
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size < 257:
+            raise UserError(f"vocab_size must be above 256, the bytes, got {self.vocab_size}")
+
+
+def subwords(setting: SubwordSetting) -> str:
+    """The tokenizer.json of the setting's subwords, found once a process."""
+    with _finding:
+        return _find(setting)[0]
+
+
+@lru_cache(maxsize=1)
+def _find(setting: SubwordSetting) -> tuple[str, tempfile.TemporaryDirectory[str]]:
+    """It lies in a folder that lasts as long as this is kept."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    train, _ = corpora(setting)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=setting.vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    documents = sample(train, setting.tokenizer_bytes)
+    tokenizer.train_from_iterator(
+        (documents.document(i).tobytes().decode(errors="ignore") for i in range(len(documents))), trainer
+    )
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "tokenizer.json"
+    tokenizer.save(str(path))
+    return str(path), folder
 
 
 class TextRows:
