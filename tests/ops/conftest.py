@@ -1,7 +1,10 @@
 """Fixtures of the ops' tests."""
 
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -20,6 +23,30 @@ def _device_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_default_device(None)
     if on_gpu:
         torch.cuda.empty_cache()  # other processes' tests want the memory too
+
+
+@pytest.fixture
+def room_for_large_tensors() -> Iterator[None]:
+    """Waits where other processes run such tests too: each may take 40 GB of the GPU."""
+    import fcntl  # not on every system
+
+    seats = max(1, torch.cuda.get_device_properties(0).total_memory // (40 << 30)) if torch.cuda.is_available() else 1
+    places = [Path(tempfile.gettempdir()) / f"statespan-large-{seat}.lock" for seat in range(seats)]
+    files = [place.open("w") for place in places]
+
+    def taken(file: IO[str]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    while not any(map(taken, files)):  # the first that is free
+        time.sleep(0.1)
+    yield
+    torch.cuda.empty_cache()
+    for file in files:
+        file.close()  # which gives the place back
 
 
 @pytest.fixture

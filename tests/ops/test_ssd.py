@@ -542,10 +542,13 @@ def test_triton_lengths(backend: str, dtype: torch.dtype, length: int) -> None:
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("head_dim", "states", "groups"), [(64, 128, 1), (32, 16, 4), (128, 64, 2), (96, 128, 1), (64, 256, 1), (1, 1, 1)]
+    ("head_dim", "states", "groups"),
+    [(64, 128, 1), (32, 16, 4), (128, 64, 2), (96, 128, 1), (64, 256, 1), (1, 1, 1), (8, 20, 1), (32, 100, 2)],
 )
 def test_triton_sizes(backend: str, dtype: torch.dtype, head_dim: int, states: int, groups: int) -> None:
-    heads = 4 if head_dim > 1 else 64  # the norm of a few numbers may be that of what their terms leave of each other
+    # The norm of a few numbers may be that of what their terms leave of each other: dt_bias has one a head, and with 4
+    # of them the PyTorch form is off by 1e-3 to 7e-3 from draw to draw.
+    heads = {1: 64, 32: 16}.get(head_dim, 4)
     p = problem(200, heads=heads, groups=groups, head_dim=head_dim, states=states)
     compare_narrow(p, dtype, backend=backend)
     p.D = torch.randn(heads, head_dim, dtype=torch.float64, requires_grad=True)
@@ -654,6 +657,7 @@ def test_nothing_is_read_before_it_is_written(backend: str) -> None:
 
 
 @on_gpu
+@pytest.mark.usefixtures("room_for_large_tensors")
 def test_a_million_tokens(backend: str) -> None:
     """Offsets pass 2^31: the last tokens as if alone, with the state before them."""
     length, heads, last = 1 << 20, 36, 1000

@@ -2,7 +2,9 @@
 # A launch takes options, num_warps and num_stages, no parameters of the kernel, and plain values for constants.
 """The chunked SSD on GPUs: tensors, the division of the work and scratch for the kernels of `triton_kernels*.py`."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +18,13 @@ from statespan.ops.ssd import triton_kernels as kernels
 from statespan.ops.ssd import triton_kernels_backward as backward_kernels
 from statespan.ops.ssd.inputs import Inputs, Options
 from statespan.ops.triton_kernels import on, power_of_two
+from statespan.ops.tuning import Tunable
 
 STEP_HEADS = 16  # heads of a program of the kernels that look at dt
 PART_N = 128  # states of a program of the kernels that can divide them
 CHAIN_BLOCK = 512  # values of the state of a program of `chain`
+# What the assembler is to give a thread; for sm_80 it may choose 32 and spill thousands of bytes.
+MOST_REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
 
 
 class Launch(NamedTuple):
@@ -41,10 +46,11 @@ class Sizes:
     columns: Launch
 
 
-# By (bytes of a value, states, whether the shared memory is Hopper's). Measured on an H100; the others only fit.
+# By (bytes of a value, states, whether the shared memory is Hopper's). Measured on an H100, where the launches of the
+# first two are in the tuning table; the others only fit.
 SIZES = {
-    (2, 128, True): Sizes(64, 64, Launch(4, 2), Launch(4, 3), Launch(4, 2), Launch(4, 3)),
-    (2, 256, True): Sizes(64, 64, Launch(8, 1), Launch(4, 3), Launch(8, 1), Launch(4, 3)),
+    (2, 128, True): Sizes(64, 64, Launch(4, 1), Launch(4, 1), Launch(4, 1), Launch(4, 1)),
+    (2, 256, True): Sizes(64, 64, Launch(8, 1), Launch(4, 1), Launch(8, 1), Launch(4, 1)),
     (4, 128, True): Sizes(32, 32, Launch(4, 1), Launch(4, 1), Launch(4, 1), Launch(4, 1)),
     (4, 256, True): Sizes(32, 32, Launch(8, 1), Launch(4, 1), Launch(8, 1), Launch(4, 1)),
     (2, 128, False): Sizes(32, 32, Launch(4, 1), Launch(4, 1), Launch(4, 1), Launch(4, 1)),
@@ -54,13 +60,20 @@ SIZES = {
 
 
 def sizes_for(x: Tensor, states: int) -> Sizes:
-    """The row of SIZES for the least number of states that is enough."""
-    large = shared_memory(x.device) >= 160 << 10
-    return next(
-        SIZES[key]
-        for key in sorted(SIZES)
-        if key[0] == max(2, x.element_size()) and key[1] >= states and key[2] == large
-    )
+    """The row of SIZES for the least number of states that is enough, with the table's launches where it has some."""
+    large, item_bytes = shared_memory(x.device) >= 160 << 10, max(2, x.element_size())
+    sizes = next(
+        SIZES[key] for key in sorted(SIZES) if key[0] == item_bytes and key[1] >= states and key[2] == large
+    )  # fmt: skip
+    if not large or item_bytes != 2:
+        return sizes
+    launches = {tunable.name.removeprefix("ssd."): tunable.best(x.device, power_of_two(states)) for tunable in TUNABLES}
+    return replace(sizes, **{kernel: Launch(**tuned) for kernel, tuned in launches.items()})
+
+
+def tile_of(sizes: Sizes, dims: int, states: int) -> tuple[int, int]:
+    """Places of a head in a block, and states."""
+    return max(16, min(sizes.block_p, power_of_two(dims))), max(16, power_of_two(states))
 
 
 def precision(device: torch.device) -> str:
@@ -71,20 +84,18 @@ def precision(device: torch.device) -> str:
 class Scan:
     """What all kernels are given: inputs without gaps, the vectors of the steps, and sizes."""
 
-    def __init__(self, inputs: Inputs, options: Options) -> None:
-        self.options, self.device = options, inputs.x.device
+    def __init__(self, inputs: Inputs, options: Options, sizes: Sizes) -> None:
+        self.options, self.sizes, self.device = options, sizes, inputs.x.device
         self.batch, self.length, self.heads, self.dims = inputs.x.shape
         self.groups, self.states = inputs.B.shape[2:]
         self.x, self.B, self.C, self.dt = (last_contiguous(v) for v in (inputs.x, inputs.B, inputs.C, inputs.dt))
         self.D, self.A = inputs.D, inputs.A.contiguous()
         self.dt_bias = contiguous(inputs.dt_bias)
         self.marks = None if inputs.segments is None else token_marks(inputs.segments)
-        self.sizes = sizes_for(self.x, self.states)
-        self.chunk = max(16, min(self.sizes.chunk, power_of_two(options.chunk_size + 1) // 2))
-        self.block_p = max(16, min(self.sizes.block_p, power_of_two(self.dims)))
-        self.block_n = max(16, power_of_two(self.states))
+        self.chunk = max(16, min(sizes.chunk, power_of_two(options.chunk_size + 1) // 2))
+        self.block_p, self.block_n = tile_of(sizes, self.dims, self.states)
         self.part_n = min(self.block_n, PART_N)
-        self.blocks = -(-self.dims // self.block_p)
+        self.blocks = self.dims // self.block_p
         self.lanes = self.batch * self.heads * self.blocks
         self.chunks = -(-self.length // self.chunk)
         self.total, self.low, self.scale, self.sign = self._steps()
@@ -120,23 +131,18 @@ class Scan:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def _tiles(self, state: Tensor | None) -> Tensor | None:
-        """[b h p n] as float32 tiles of the lanes, padded with zeros; what is no state is no tile."""
-        if state is None:
-            return None
-        padding = (0, self.block_n - self.states, 0, self.blocks * self.block_p - self.dims)
-        return F.pad(state.to(torch.float32), padding).contiguous().view(self.lanes, *self.tile)
+        """[b h p n] as float32 tiles of the lanes; what is no state is no tile."""
+        return None if state is None else state.to(torch.float32).contiguous().view(self.lanes, *self.tile)
 
     def whole(self, tiles: Tensor) -> Tensor:
         """The reverse of `_tiles`."""
-        shape = (self.batch, self.heads, self.blocks * self.block_p, self.block_n)
-        return tiles.view(shape)[:, :, : self.dims, : self.states].contiguous()
+        return tiles.view(self.batch, self.heads, self.dims, self.states)
 
     def options_of(self, launch: Launch) -> dict[str, Any]:
         """Sizes and launch options of a kernel on tiles."""
         return {
             "CHUNK": self.chunk,
             "DIMS": self.dims,
-            "STATES": self.states,
             "BLOCK_P": self.block_p,
             "BLOCK_N": self.block_n,
             "PRECISION": precision(self.device) if self.x.dtype == torch.float32 else None,
@@ -337,6 +343,7 @@ class Scan:
             *self.C.stride()[:3],
             *self.skip_strides,
             **self.options_of(self.sizes.gradients),
+            **MOST_REGISTERS,
         )
         return grad_x, grad_D, sums, grad_scores
 
@@ -374,22 +381,80 @@ class Scan:
         return grad[0] if parts == 1 else grad.sum(0)
 
 
+def padded(inputs: Inputs, sizes: Sizes) -> Inputs:
+    """With heads and states that fill their tiles.
+
+    The assembler of Triton 3.6 (ptxas 12.8) may lose the address of a masked tile: it reads a uniform register that
+    nothing has written.
+    """
+    dims, states = inputs.x.shape[3], inputs.B.shape[3]
+    block_p, block_n = tile_of(sizes, dims, states)
+    more_dims, more_states = -dims % block_p, block_n - states
+    if not more_dims and not more_states:
+        return inputs
+    x, B, C, D, state = inputs.x, inputs.B, inputs.C, inputs.D, inputs.initial_state
+    return replace(
+        inputs,
+        x=F.pad(x, (0, more_dims)),
+        B=F.pad(B, (0, more_states)),
+        C=F.pad(C, (0, more_states)),
+        D=D if D is None or D.dim() == 1 else F.pad(D, (0, more_dims)),
+        initial_state=None if state is None else F.pad(state, (0, more_states, 0, more_dims)),
+    )
+
+
+def _cut(value: Tensor, shape: torch.Size) -> Tensor:
+    """What was there before it was padded."""
+    return value[tuple(slice(size) for size in shape)].contiguous()
+
+
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """y and the final state of `statespan.ops.ssd`."""
     x = inputs.x
+    of_state = torch.Size((x.shape[0], *x.shape[2:], inputs.B.shape[3]))
     if x.numel() == 0:  # no rows
-        return x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], inputs.B.shape[3], dtype=torch.float32)
+        return x.new_empty(x.shape), x.new_empty(of_state, dtype=torch.float32)
     with on(x.device):
-        return Scan(inputs, options).outputs()
+        sizes = sizes_for(x, inputs.B.shape[3])
+        y, state = Scan(padded(inputs, sizes), options, sizes).outputs()
+    return _cut(y, x.shape), _cut(state, of_state)
 
 
 def backward(grad_y: Tensor, grad_final: Tensor, inputs: Inputs, options: Options) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, dt_bias and initial_state in their dtypes; None where the input is None."""
     if inputs.x.numel() == 0:
         return tuple(None if value is None else value.new_zeros(value.shape) for value in inputs.differentiable)
+    sizes = sizes_for(inputs.x, inputs.B.shape[3])
+    whole = padded(inputs, sizes)
+    more_dims, more_states = whole.x.shape[3] - inputs.x.shape[3], whole.B.shape[3] - inputs.B.shape[3]
+    if more_dims or more_states:
+        grad_y, grad_final = F.pad(grad_y, (0, more_dims)), F.pad(grad_final, (0, more_states, 0, more_dims))
     with on(inputs.x.device):
-        found = Scan(inputs, options).gradients(grad_y, grad_final)
+        found = Scan(whole, options, sizes).gradients(grad_y, grad_final)
     return tuple(
-        None if gradient is None or value is None else gradient.to(value.dtype)
+        None if gradient is None or value is None else _cut(gradient, value.shape).to(value.dtype)
         for gradient, value in zip(found, inputs.differentiable, strict=True)
     )
+
+
+def _trial(backwards: bool) -> Callable[[torch.device, int], Callable[[], object]]:
+    def trial(device: torch.device, states: int) -> Callable[[], object]:
+        x, grad = (torch.randn(8, 2048, 24, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
+        dt, A = torch.rand(8, 2048, 24, dtype=torch.bfloat16, device=device), -torch.rand(24, device=device)
+        B, C = (torch.randn(8, 2048, 1, states, dtype=torch.bfloat16, device=device) for _ in range(2))
+        inputs, options = Inputs(x, dt, A, B, C, A, A, None, None), Options(True, (0.0, math.inf), 256, "mamba")
+        if backwards:
+            grad_final = torch.zeros(8, 24, 64, states, device=device)
+            return lambda: backward(grad, grad_final, inputs, options)
+        return lambda: forward(inputs, options)
+
+    return trial
+
+
+_LAUNCHES = {"warps": (4, 8), "stages": (1, 2, 3)}
+TUNABLES = (
+    Tunable("ssd.outputs", (64, 128, 256), _trial(False), **_LAUNCHES),
+    Tunable("ssd.states", (64, 128, 256), _trial(True), **_LAUNCHES),
+    Tunable("ssd.gradients", (64, 128, 256), _trial(True), **_LAUNCHES),
+    Tunable("ssd.columns", (64, 128, 256), _trial(True), **_LAUNCHES),
+)

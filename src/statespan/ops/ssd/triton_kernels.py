@@ -5,8 +5,9 @@
 # ruff: noqa: RET505  # without the else, Triton compiles what follows a return too
 """The chunked SSD in Triton: steps, states and outputs; docs/kernels_triton.md has the design.
 
-A lane is BLOCK_P places of one head in one row of the batch, with all their states: [BLOCK_P, BLOCK_N]. Vectors of a
-head are [b h padded], padded being whole chunks of time; tokens beyond the length have decay 1 and scale 0.
+A lane is BLOCK_P places of one head in one row of the batch, with all their states: [BLOCK_P, BLOCK_N], powers of two
+that heads and states fill (`triton_backend.padded`). Vectors of a head are [b h padded], padded being whole chunks of
+time; tokens beyond the length have decay 1 and scale 0.
 
     total: log2 of the product of decays from the chunk's start up to and with the token. A restart is a decay of zero.
     low: what float32 leaves of total, for float32 inputs.
@@ -108,30 +109,22 @@ def steps(
 
 
 @triton.jit
-def load_tile(base, stride, q, inside, column, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Tokens q from `base` on, [q column], zero where not inside or beyond SIZE, the columns of all blocks PADDED."""
-    place = base + q[:, None] * stride + column[None]
-    if SIZE == PADDED:
-        return tl.load(place, inside[:, None], 0.0)
-    else:
-        return tl.load(place, inside[:, None] & (column < SIZE)[None], 0.0)
+def load_tile(base, stride, q, inside, column):
+    """Tokens q from `base` on, [q column], zero where not inside."""
+    return tl.load(base + q[:, None] * stride + column[None], inside[:, None], 0.0)
 
 
 @triton.jit
-def store_tile(base, stride, q, inside, column, value, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def store_tile(base, stride, q, inside, column, value):
     """The reverse of `load_tile`, in the dtype of the pointer."""
-    place, value = base + q[:, None] * stride + column[None], value.to(base.dtype.element_ty)
-    if SIZE == PADDED:
-        tl.store(place, value, inside[:, None])
-    else:
-        tl.store(place, value, inside[:, None] & (column < SIZE)[None])
+    tl.store(base + q[:, None] * stride + column[None], value.to(base.dtype.element_ty), inside[:, None])
 
 
 @triton.jit
-def skip_factor(D, stride, p, DIMS: tl.constexpr, SKIP_DIMS: tl.constexpr):
+def skip_factor(D, stride, p, SKIP_DIMS: tl.constexpr):
     """A head's D: one number, or [1 p] where SKIP_DIMS."""
     if SKIP_DIMS:
-        return tl.load(D + p[None] * stride, (p < DIMS)[None], 0.0).to(tl.float32)
+        return tl.load(D + p[None] * stride).to(tl.float32)
     else:
         return tl.load(D).to(tl.float32)
 
@@ -193,7 +186,6 @@ def states(
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
-    STATES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART_N: tl.constexpr,
@@ -204,7 +196,7 @@ def states(
     REVERSE is the same for the gradient of the state, from the last chunk to the first: x is then grad_y, B is C, and
     kept holds the gradient after each chunk. A program has PART_N of the states.
     """
-    blocks: tl.constexpr = (DIMS + BLOCK_P - 1) // BLOCK_P
+    blocks: tl.constexpr = DIMS // BLOCK_P
     lane, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     block, head, batch = lane % blocks, lane // blocks % heads, lane // blocks // heads
     q, p, n = tl.arange(0, CHUNK), block.to(tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, PART_N)
@@ -228,8 +220,8 @@ def states(
         begin = chunk.to(tl.int64) * CHUNK
         here = row + begin
         _, real = tokens_inside(chunk, q, length, marks, CHUNK)
-        values = load_tile(x + begin * x_stride, x_stride, q, real, p, DIMS, blocks * BLOCK_P)
-        keys = load_tile(B + begin * B_stride, B_stride, q, real, n, STATES, BLOCK_N)
+        values = load_tile(x + begin * x_stride, x_stride, q, real, p)
+        keys = load_tile(B + begin * B_stride, B_stride, q, real, n)
         weight = input_weight(total, low, scale, sign, here, q, REVERSE, CHUNK)
         end = tl.load(total + here + CHUNK - 1)
         if sign is not None:
@@ -301,13 +293,12 @@ def outputs(
     SKIP_DIMS: tl.constexpr,
     CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
-    STATES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y of a split of `split` chunks, one after the other with the state in registers."""
-    blocks: tl.constexpr = (DIMS + BLOCK_P - 1) // BLOCK_P
+    blocks: tl.constexpr = DIMS // BLOCK_P
     lane, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     block, head, batch = lane % blocks, lane // blocks % heads, lane // blocks // heads
     q, p, n = tl.arange(0, CHUNK), block.to(tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
@@ -321,7 +312,7 @@ def outputs(
     if marks is not None:
         marks += batch * length
     if D is not None:
-        skip = skip_factor(D + head * D_stride, D_dim_stride, p, DIMS, SKIP_DIMS)
+        skip = skip_factor(D + head * D_stride, D_dim_stride, p, SKIP_DIMS)
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if starts is not None:
         state = tl.load(starts + (lane * parts + part) * (BLOCK_P * BLOCK_N) + tile)
@@ -332,10 +323,10 @@ def outputs(
         here = row + begin
         there, real = tokens_inside(chunk, q, length, marks, CHUNK)
         # Loads stand where they are needed: Triton fetches them a turn ahead, and into registers here.
-        queries = load_tile(C + begin * C_stride, C_stride, q, real, n, STATES, BLOCK_N)
+        queries = load_tile(C + begin * C_stride, C_stride, q, real, n)
         sums = tl.load(total + here + q)
         out = tl.dot(queries, tl.trans(state.to(queries.dtype)), input_precision=PRECISION) * tl.exp2(sums)[:, None]
-        keys = load_tile(B + begin * B_stride, B_stride, q, real, n, STATES, BLOCK_N)
+        keys = load_tile(B + begin * B_stride, B_stride, q, real, n)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         gaps = sums[:, None] - sums[None]
         if low is not None:
@@ -343,7 +334,7 @@ def outputs(
             gaps += rest[:, None] - rest[None]
         factor = tl.load(scale + here + q)
         matrix = scores * tl.exp2(tl.where(visible, gaps, float("-inf"))) * factor[None]
-        values = load_tile(x + begin * x_stride, x_stride, q, real, p, DIMS, blocks * BLOCK_P)
+        values = load_tile(x + begin * x_stride, x_stride, q, real, p)
         out = tl.dot(matrix.to(values.dtype), values, out, input_precision=PRECISION)
         if sign is not None:
             out *= tl.load(sign + here + q)[:, None]
@@ -351,7 +342,7 @@ def outputs(
             out += skip * values.to(tl.float32)
         if marks is not None:
             out = tl.where(real[:, None], out, 0.0)
-        store_tile(y + begin * heads * DIMS, heads * DIMS, q, there, p, out, DIMS, blocks * BLOCK_P)
+        store_tile(y + begin * heads * DIMS, heads * DIMS, q, there, p, out)
         end = tl.load(total + here + CHUNK - 1)
         weight = input_weight(total, low, scale, sign, here, q, False, CHUNK)
         weighted = (values * weight[:, None]).to(values.dtype)

@@ -77,7 +77,6 @@ def gradients(
     SKIP_DIMS: tl.constexpr,
     CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
-    STATES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -86,7 +85,7 @@ def gradients(
 
     Pairs of tokens are [source target].
     """
-    blocks: tl.constexpr = (DIMS + BLOCK_P - 1) // BLOCK_P
+    blocks: tl.constexpr = DIMS // BLOCK_P
     groups = heads // group_heads
     group, chunk = tl.program_id(0) % groups, tl.program_id(0) // groups % chunks
     batch = (tl.program_id(0) // groups // chunks).to(tl.int64)
@@ -101,8 +100,8 @@ def gradients(
     grad_x += (batch * length + begin) * heads * DIMS
     B += batch * B_batch_stride + begin * B_stride + group * B_group_stride
     C += batch * C_batch_stride + begin * C_stride + group * C_group_stride
-    keys = load_tile(B, B_stride, q, real, n, STATES, BLOCK_N)
-    queries = load_tile(C, C_stride, q, real, n, STATES, BLOCK_N)
+    keys = load_tile(B, B_stride, q, real, n)
+    queries = load_tile(C, C_stride, q, real, n)
     # Sums over the tokens from s on, as a product; float16 has too small a range for them.
     NARROW: tl.constexpr = tl.bfloat16 if keys.dtype == tl.bfloat16 else tl.float32
     from_here = (q[:, None] >= q[None]).to(NARROW)
@@ -116,10 +115,10 @@ def gradients(
         sum_, factor = tl.load(total + here + q), tl.load(scale + here + q)
         if low is not None:
             rest = tl.load(low + here + q)
-        values = load_tile(x + head * x_head_stride, x_stride, q, real, p, DIMS, blocks * BLOCK_P)
+        values = load_tile(x + head * x_head_stride, x_stride, q, real, p)
         grads = grad_y + head * grad_y_head_stride
         to = sums + (lane * chunks + chunk) * CHUNK
-        grad = load_tile(grads, grad_y_stride, q, real, p, DIMS, blocks * BLOCK_P)
+        grad = load_tile(grads, grad_y_stride, q, real, p)
         if sign is not None:
             grad = (grad * tl.load(sign + here + q)[:, None]).to(values.dtype)
         gaps = sum_[None] - sum_[:, None]
@@ -152,12 +151,12 @@ def gradients(
         if low is not None:
             gap += tl.load(low + here + CHUNK - 1) - rest
         pulled = tl.dot(keys, tl.trans(grad_state), input_precision=PRECISION) * tl.exp2(gap)[:, None]
-        wide = load_tile(x + head * x_head_stride, x_stride, q, real, p, DIMS, blocks * BLOCK_P).to(tl.float32)
+        wide = load_tile(x + head * x_head_stride, x_stride, q, real, p).to(tl.float32)
         source += pulled
         # Two sums in one reduction: for one alone Triton rearranges the tile first.
         entering, grad_scale = tl.reduce((wide * (pulled * factor[:, None]), wide * source), 1, _add_pairs)
         read = tl.dot(queries, tl.trans(state), input_precision=PRECISION) * tl.exp2(sum_)[:, None]
-        straight = load_tile(grads, grad_y_stride, q, real, p, DIMS, blocks * BLOCK_P).to(tl.float32)
+        straight = load_tile(grads, grad_y_stride, q, real, p).to(tl.float32)
         reading, skipped = tl.reduce((straight * read, straight * wide), 1, _add_pairs)
         if sign is not None:
             turned = tl.load(sign + here + q)
@@ -167,13 +166,13 @@ def gradients(
         tl.store(to + 3 * volume + q, grad_scale)
         out = source * factor[:, None]
         if D is not None:
-            out += skip_factor(D + head * D_stride, D_dim_stride, p, DIMS, SKIP_DIMS) * straight
+            out += skip_factor(D + head * D_stride, D_dim_stride, p, SKIP_DIMS) * straight
             if SKIP_DIMS:
                 place = ((batch * chunks + chunk) * heads + head) * DIMS + p
-                tl.store(grad_D + place, tl.sum(wide * straight, 0), p < DIMS)
+                tl.store(grad_D + place, tl.sum(wide * straight, 0))
             else:
                 tl.store(to + 4 * volume + q, skipped)
-        store_tile(grad_x + head * DIMS, heads * DIMS, q, there, p, out, DIMS, blocks * BLOCK_P)
+        store_tile(grad_x + head * DIMS, heads * DIMS, q, there, p, out)
 
     grad_scores += (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (CHUNK * CHUNK)
     tl.store(grad_scores + q[:, None] * CHUNK + q[None], grad_pairs.to(grad_scores.dtype.element_ty))
@@ -206,7 +205,6 @@ def gradients_of_columns(
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
-    STATES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART_N: tl.constexpr,
@@ -216,7 +214,7 @@ def gradients_of_columns(
 
     REVERSE is the same for C: x is then grad_y, C is B, and grad_ends has the states before each chunk.
     """
-    blocks: tl.constexpr = (DIMS + BLOCK_P - 1) // BLOCK_P
+    blocks: tl.constexpr = DIMS // BLOCK_P
     groups = heads // group_heads
     group, chunk = tl.program_id(0) % groups, tl.program_id(0) // groups % chunks
     batch = (tl.program_id(0) // groups // chunks).to(tl.int64)
@@ -233,14 +231,13 @@ def gradients_of_columns(
         head, p = group * group_heads + r // blocks, r % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
         lane = (batch * heads + head) * blocks + r % blocks
         here = ((batch * heads + head) * chunks + chunk) * CHUNK
-        values = load_tile(x + head * x_head_stride, x_stride, q, real, p, DIMS, blocks * BLOCK_P)
+        values = load_tile(x + head * x_head_stride, x_stride, q, real, p)
         state = tl.load(grad_ends + (lane * chunks + chunk) * (BLOCK_P * BLOCK_N) + tile)
         weight = input_weight(total, low, scale, sign, here, q, REVERSE, CHUNK)
         found = tl.dot((values * weight[:, None]).to(values.dtype), state, found, input_precision=PRECISION)
     if tl.program_id(1) == 0:
-        inside = real[:, None] & (n < STATES)[None]
         others = C + batch * C_batch_stride + begin * C_stride + group * C_group_stride
-        others = tl.load(others + q[:, None] * C_stride + n[None], inside, 0.0)
+        others = load_tile(others, C_stride, q, real, n)
         for part in range(scores_parts):
             matrix = (part * tl.num_programs(0).to(tl.int64) + tl.program_id(0)) * (CHUNK * CHUNK)
             pairs = tl.load(grad_scores + matrix + q[:, None] * CHUNK + q[None])
@@ -248,9 +245,8 @@ def gradients_of_columns(
                 pairs = tl.trans(pairs)
             found = tl.dot(pairs, others, found, input_precision=PRECISION)
     rows = tl.num_programs(0).to(tl.int64) // groups // chunks * length  # of all the batch
-    place = grad_B + ((tl.program_id(1) * rows + batch * length + begin) * groups + group) * STATES
-    place += q[:, None] * groups * STATES + n[None]
-    tl.store(place, found.to(grad_B.dtype.element_ty), there[:, None] & (n < STATES)[None])
+    place = grad_B + ((tl.program_id(1) * rows + batch * length + begin) * groups + group) * BLOCK_N
+    store_tile(place, groups * BLOCK_N, q, there, n, found)
 
 
 @triton.jit
