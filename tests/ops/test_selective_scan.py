@@ -459,7 +459,22 @@ def test_splits_that_wait_for_each_other(
     assert made[-1].chained and made[-1].splits == 6
 
 
+@pytest.mark.parametrize("backend", GPU[:1])
+def test_decays_that_stay_in_registers(backend: str, planned_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a multiprocessor gets two blocks of the backward."""
+    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(cuda_plan, "CHUNK_WITH_DECAYS", 0.0)
+    asked = []
+    shape = cuda_plan.Scan.backward_shape
+    monkeypatch.setattr(
+        cuda_plan.Scan, "backward_shape", lambda work, **options: asked.append(options) or shape(work, **options)
+    )
+    check_halves(make(2, 333, 136, 1, 16, torch.bfloat16))
+    assert asked[-1] == {"keeps_decays": True}
+
+
 @pytest.mark.parametrize("backend", GPU)
+@pytest.mark.usefixtures("room_for_large_tensors")
 def test_offsets_beyond_32_bits(backend: str) -> None:
     """A million tokens of 2,112 channels: the last ones equal those of a scan that begins near them."""
     length, channels, tail = 2**20, 2112, 512

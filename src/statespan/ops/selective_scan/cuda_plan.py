@@ -14,6 +14,7 @@ EVERY = 64  # tokens; the backward keeps the state before each EVERY-th token an
 PIECE = 8  # tokens whose states the backward holds in registers
 THREADS = 128
 DEPTH = 2  # chunks that are on their way while the forward walks one
+VECTOR = 8  # channels that a thread of the forward brings at once
 
 
 class Form(NamedTuple):
@@ -23,7 +24,6 @@ class Form(NamedTuple):
     tile: int  # channels of a block
     staging: int  # threads that bring and write
     tokens: int  # of a chunk
-    vector: int  # channels that such a thread brings at once
     ahead: bool
     resident: int  # blocks that a multiprocessor is to hold
     clocks: tuple[int, int] = (0, 0)  # of a token on a multiprocessor with some blocks: of each, and of any; on an H100
@@ -31,27 +31,27 @@ class Form(NamedTuple):
 
 # By states, padded to a power of two.
 FORMS = {
-    8: (Form(4, 64, 128, 16, 8, False, 3),),
+    8: (Form(4, 64, 128, 16, False, 3),),
     16: (
-        Form(8, 64, 128, 16, 8, True, 2, (86, 36)),
-        Form(4, 32, 128, 32, 8, True, 2, (48, 18)),
-        Form(4, 16, 64, 32, 8, True, 4, (22, 40)),
-        Form(2, 40, 160, 64, 8, True, 1, (96, 0)),
-        Form(2, 12, 96, 64, 4, True, 1, (39, 0)),
+        Form(8, 64, 128, 16, True, 2, (86, 36)),
+        Form(4, 32, 128, 32, True, 2, (48, 18)),
+        Form(4, 16, 64, 32, True, 4, (22, 40)),
+        Form(2, 40, 160, 64, True, 1, (96, 0)),
+        Form(2, 16, 128, 64, True, 1, (36, 0)),
     ),
-    32: (Form(8, 32, 64, 16, 8, False, 4),),
-    64: (Form(8, 32, 64, 16, 8, False, 2),),
-    128: (Form(8, 16, 64, 16, 8, False, 2),),
+    32: (Form(8, 32, 64, 16, False, 4),),
+    64: (Form(8, 32, 64, 16, False, 2),),
+    128: (Form(8, 16, 64, 16, False, 2),),
 }
 # Where splits of the tokens fill a multiprocessor, with their summaries: clocks of a token for each 64 channels.
-FORM_OF_SPLITS, CLOCKS_SPLIT = Form(8, 32, 64, 16, 8, False, 4), 215
+FORM_OF_SPLITS, CLOCKS_SPLIT = Form(8, 32, 64, 16, False, 4), 215
 # For inputs that are not plain: of 32 bits, unaligned, or with a discretization that takes more registers.
 FORMS_OF_OTHERS = {
-    8: (Form(4, 32, 64, 16, 8, False, 2),),
-    16: (Form(4, 16, 64, 16, 8, False, 2),),
-    32: (Form(4, 16, 64, 16, 8, False, 2),),
-    64: (Form(8, 16, 64, 8, 8, False, 1),),
-    128: (Form(8, 8, 64, 8, 8, False, 1),),
+    8: (Form(4, 32, 64, 16, False, 2),),
+    16: (Form(4, 16, 64, 16, False, 2),),
+    32: (Form(4, 16, 64, 16, False, 2),),
+    64: (Form(8, 16, 64, 8, False, 1),),
+    128: (Form(8, 8, 64, 8, False, 1),),
 }
 # What the summaries of the splits cost, of the backward's main kernel.
 SUMMARY_SHARE = 0.21
@@ -139,7 +139,7 @@ class Scan:
         ahead = form.ahead and not self.segments  # restarts take registers
         sizes = {
             **{"STATES_A_THREAD": form.states, "THREADS": form.staging, "TOKENS": form.tokens, "TILE": form.tile},
-            **{"VECTOR": form.vector, "AHEAD": int(ahead), "DEPTH": DEPTH, "BLOCKS": form.resident},
+            **{"VECTOR": VECTOR, "AHEAD": int(ahead), "DEPTH": DEPTH, "BLOCKS": form.resident},
             **{"EVERY": EVERY if keep_starts else 0, "SHARED_BYTES": self.shared_bytes(form)},
         }
         return tuple({**self.inputs, **sizes}.items())
@@ -152,7 +152,7 @@ class Scan:
         sums = 4 * (tile if tile // unit % 2 else tile + unit)
         chunk = tokens * (steps + 4 * (2 * self.padded + 4) + sums)
         u, z, dt, B, C = (4 if self.inputs[name] == "float" else 2 for name in ("U", "Z", "DT", "BM", "CM"))
-        ring = tokens * (tile * u + 1) + z * (tokens * tile if self.inputs["HAS_Z"] else form.vector)
+        ring = tokens * (tile * u + 1) + z * (tokens * tile if self.inputs["HAS_Z"] else VECTOR)
         ahead = tokens * (tile * dt + self.padded * (B + C))
         count = 2 * chunk + 8 * tile + (DEPTH + 3) * ring + (DEPTH + 1) * ahead
         return -(-count // 16) * 16
@@ -233,15 +233,30 @@ class Scan:
         return self._backward
 
     def backward_shape(self, keeps_decays: bool = False) -> tuple[int, tuple[tuple[str, str | int], ...], int, int]:
-        """Channels a tile, macros, dynamic shared memory, and how many blocks a multiprocessor is to hold."""
+        """Channels a tile, macros, shared memory, and how many blocks a multiprocessor is to hold."""
         states = min(4, self.padded // 4)
         resident = 3 if self.plain and self.padded <= 16 and not keeps_decays else 2
-        sizes = {"STATES_A_THREAD": states, "THREADS": THREADS, "BLOCKS": resident, "PIECE": PIECE, "EVERY": EVERY}
-        sizes["DECAYS"] = int(keeps_decays)
-        kept = EVERY // PIECE * 2 * states * THREADS
-        of_warps = THREADS // 32 * PIECE * 2 * self.padded
         tile = 2 * THREADS * states // self.padded
-        return tile, tuple({**self.inputs, **sizes}.items()), 4 * (kept + of_warps), resident
+        shared_bytes = self.backward_bytes(states, tile)
+        sizes = {
+            **{"STATES_A_THREAD": states, "THREADS": THREADS, "BLOCKS": resident, "PIECE": PIECE, "EVERY": EVERY},
+            **{"DECAYS": int(keeps_decays), "SHARED_BYTES": shared_bytes},
+        }
+        return tile, tuple({**self.inputs, **sizes}.items()), shared_bytes, resident
+
+    def backward_bytes(self, states: int, tile: int) -> int:
+        """The size of `Shared` in backward.cu, or a few bytes more; `states` of a thread."""
+        padded, near = self.padded, 32 * states // self.padded
+        pitch = tile + (2 * near if near > 1 else 4)
+        steps = 16 * (tile + (4 if tile == 32 else 2 if tile < 32 else 0))
+        rows = min(near, states) * (PIECE * (2 * padded + 4) + 8)
+        of_warps = THREADS // 32 * PIECE * 2 * padded
+        piece = PIECE * (steps + 4 * tile + 12 * pitch) + 4 * (rows + of_warps) + 64
+        kept = 4 * EVERY // PIECE * 2 * states * THREADS
+        u, z, dt, B, C = (4 if self.inputs[name] == "float" else 2 for name in ("U", "Z", "DT", "BM", "CM"))
+        brought = 2 * PIECE * (tile * (2 * u + z + dt) + padded * (B + C))
+        count = piece + kept + 8 * tile * (PIECE + 1) + brought
+        return -(-count // 16) * 16
 
 
 @lru_cache(maxsize=1024)

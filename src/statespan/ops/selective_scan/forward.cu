@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
                 }
                 Vector<U, VECTOR> out;
                 out.set(values);
-                store<ALIGNED>(y + t * channels + c, out, min(VECTOR, valid - c));
+                store_together<ALIGNED>(y + t * channels + c, out, min(VECTOR, valid - c));
             }
         };
 #pragma unroll
@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
     auto save = [&](float* to) {
         Vector<float, S> states;
         states.set(h);
-        store<STATES % S == 0>(to + at, states, mine ? STATES - lane * S : 0);
+        store_together<STATES % S == 0>(to + at, states, mine ? STATES - lane * S : 0);
     };
     if (EVERY) starts += (batch * ((all + EVERY - 1) / max(EVERY, 1)) + from / max(EVERY, 1)) * of_row;
     __syncthreads();

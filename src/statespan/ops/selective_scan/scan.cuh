@@ -61,6 +61,28 @@ struct Step {
 // The second number of a step, see Step.
 INLINE float input_factor(float dt, float u) { return DISCRETIZATION == 0 ? dt * u : u; }
 
+INLINE u32 as_bits(u32 word) { return word; }
+INLINE u32 as_bits(float word) { return __float_as_uint(word); }
+
+// As store<WIDE>, in as few instructions as there can be: the compiler stores the vectors of device.cuh word by word.
+template <bool WIDE, class T, int V> INLINE void store_together(T* to, const Vector<T, V>& vector, int count) {
+    constexpr int WORDS = sizeof(Vector<T, V>) / 4;
+    if constexpr (!WIDE || WORDS % 2) {
+        store<WIDE>(to, vector, count);
+    } else if (count > 0) {
+        u32 words[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) words[i] = as_bits(vector.words[i]);
+        if constexpr (WORDS == 2)
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+#pragma unroll
+        for (int i = 0; i + 4 <= WORDS; i += 4)
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<u32*>(to) + i), "r"(words[i]),
+                         "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
+                         : "memory");
+    }
+}
+
 // Where dt and its factor of channel c of a token stand in shared memory. Threads store 8 channels of a token with four
 // wide stores; pieces are permuted and rows padded so that neither they nor the walk meet in a bank.
 template <int CHANNELS> struct Steps {
