@@ -2,13 +2,15 @@
 
     python -m benchmarks.gpu_speculation verify [--model mamba-1.4b]
     python -m benchmarks.gpu_speculation engine [--model mamba-1.4b] [--draft mamba-130m]
+    python -m benchmarks.gpu_speculation generate [--model mamba-1.4b]
 
-Random weights in bfloat16. A verify forward feeds k + 1 tokens a row (the newest one and k drafts) from a kept state
-and computes logits at all of them, as a CUDA graph and without one; a step is the decoder's graph. Where a forward
-costs r steps, speculation wins when it gives more than r tokens a forward.
+Random weights in bfloat16. A verify forward feeds k + 1 tokens a row (the newest one and k drafts), computes logits
+at all of them and keeps the state after each, as a CUDA graph; a step is the decoder's graph. Where a forward costs r
+steps, speculation wins when it gives more than r tokens a forward.
 
-"engine" runs the serving engine with a draft model. Random weights agree on nothing, so whether a draft is accepted is
-drawn here with a given chance, after all the work of drafting, verifying and choosing has been done.
+"engine" runs the serving engine with a draft model ("none": without) and with drafts that cost nothing. Random weights
+agree on nothing, so whether a draft is accepted is drawn here with a given chance, after all the work of drafting,
+verifying and choosing has been done. "generate" looks up what such a model, which soon repeats itself, has said before.
 """
 
 import argparse
@@ -21,11 +23,12 @@ import torch
 
 from benchmarks.gpu_decode import built, seconds_of_graph
 from benchmarks.record import Row, report
-from statespan.generation import GenerationOptions
+from statespan.generation import Generation, GenerationOptions, PromptLookup, Speculation, generate
 from statespan.models.language_model import LanguageModel
 from statespan.models.presets import preset
 from statespan.serving.adjustments import Drafts
 from statespan.serving.decode import Failed, PlainDecode
+from statespan.serving.drafters import RowDrafter
 from statespan.serving.engine import Engine
 from statespan.serving.job import Chosen, Sample
 from statespan.serving.options import EngineOptions
@@ -33,12 +36,8 @@ from statespan.serving.request import Request
 from statespan.serving.speculative import SpeculativeDecode
 
 BATCHES, DRAFTS = (1, 8, 64), (1, 2, 3, 4, 6, 8)
-CHANCES, NUM_DRAFTS, PROMPT, NEW = (
-    (0.6, 0.8),
-    4,
-    64,
-    128,
-)  # of a draft to be accepted; tokens of the engine's requests
+CHANCES = (0.6, 0.8)  # of a draft to be accepted
+NUM_DRAFTS, PROMPT, NEW = 4, 64, 128  # tokens of the engine's requests
 SECONDS = 0.15  # of each timing
 
 
@@ -59,22 +58,18 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 @torch.inference_mode()
-def seconds_of_verify(model: LanguageModel, batch: int, num_tokens: int) -> tuple[float, float]:
-    """Of a forward of `num_tokens` a row: as a graph, and launched kernel by kernel."""
-    ids = torch.randint(10, model.config.vocab_size, (batch, num_tokens), device="cuda")
-    state = model.new_state(batch)
-
-    def forward() -> None:
-        model(ids, state=state)
-
-    forward()
-    torch.cuda.synchronize()
-    eager = seconds_of(forward)
+def seconds_of_verify(model: LanguageModel, batch: int, num_tokens: int) -> float:
+    """Of a forward of `num_tokens` a row that keeps the state after each, as a graph."""
+    ids = torch.randint(10, model.config.vocab_size, (batch * num_tokens,), device="cuda")
+    active = torch.ones(batch, dtype=torch.int32, device="cuda")
+    memory, kept = model.new_state(batch), model.new_state(batch * num_tokens)
+    decoder = model.verify_decoder(batch, num_tokens, memory=memory, kept=kept, active=active)
+    assert decoder is not None  # the model has such steps
+    run = decoder.captured(lambda: decoder(ids))
+    run()  # kernels are compiled
     gc.collect()  # an old graph must not go while a new one is captured
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        forward()
-    return seconds_of(graph.replay), eager
+    run()
+    return seconds_of(run)
 
 
 class DrawnChoice(PlainDecode):
@@ -121,30 +116,77 @@ class SameDrafts:
 
 
 def measure_engine(name: str, draft_name: str, batches: Sequence[int]) -> None:
-    """Tokens a second, plain and with drafts at each chance."""
-    model, draft = built(preset(name)), built(preset(draft_name))
-    plain = Engine(model, EngineOptions(max_rows=64))
-    drafted = Engine(model, EngineOptions(max_rows=64, num_drafts=NUM_DRAFTS), draft=draft)
+    """Tokens a second, plain and with drafts at each chance, always or only while that is faster."""
+    model = built(preset(name))
+    draft = None if draft_name == "none" else built(preset(draft_name))
+    options = EngineOptions(max_rows=max(batches), num_drafts=NUM_DRAFTS)
+    drafted = Engine(model, options, draft=draft)
     assert isinstance(drafted.decode, SpeculativeDecode)  # there are drafts
-    choice = DrawnChoice(drafted.runner, model.config.vocab_size, model.device)
-    decode = SpeculativeDecode(
-        choice, drafted.runner, num_drafts=NUM_DRAFTS, drafter=drafted.decode.drafter, adaptive=False
-    )
-    drafted.use(decode)
-    drafters = {draft_name: decode.drafter, "look-up": SameDrafts()}
+    plain = PlainDecode(drafted.runner, model.config.vocab_size, model.device, ahead=True)
+    choice = DrawnChoice(drafted.runner, model.config.vocab_size, model.device, ahead=True)
+    drafters: dict[str, RowDrafter] = {"look-up": SameDrafts()}
+    if draft is not None:
+        drafters[draft_name] = drafted.decode.drafter
+    task = f"{name}, batch {{}}, engine, {NUM_DRAFTS} drafts"
     for batch in batches:
         rows: list[Row] = []
-        tokens_a_second(plain, batch)  # captures
-        base = tokens_a_second(plain, batch)
-        rows.append(Row(f"{name}, batch {batch}, engine", "plain", base, "tok/s", 0.0))
+        drafted.use(plain)
+        tokens_a_second(drafted, batch)  # captures
+        base = tokens_a_second(drafted, batch)
+        rows.append(Row(task.format(batch), "plain", base, "tok/s", 0.0))
         for system, drafter in drafters.items():
-            decode.drafter, choice.chance = drafter, CHANCES[0]
-            tokens_a_second(drafted, batch)  # captures
-            for choice.chance in CHANCES:
-                rate = tokens_a_second(drafted, batch)
-                note = f"{rate / base:.2f} x plain; {NUM_DRAFTS} drafts, each accepted with chance {choice.chance}"
-                rows.append(Row(f"{name}, batch {batch}, engine", system, rate, "tok/s", 0.0, note))
+            for adaptive in (False, True):
+                decode = SpeculativeDecode(
+                    choice, drafted.runner, num_drafts=NUM_DRAFTS, drafter=drafter, adaptive=adaptive
+                )
+                drafted.use(decode)
+                for choice.chance in CHANCES:
+                    tokens_a_second(drafted, batch)  # captures, and measures which way is faster
+                    before = decode.report.accepted, decode.report.drafted
+                    rate = tokens_a_second(drafted, batch)
+                    accepted, count = decode.report.accepted - before[0], decode.report.drafted - before[1]
+                    told = f"{accepted / count:.0%} of {count} drafts came true" if count else "it was off"
+                    note = f"{rate / base:.2f} x plain; {told}, each with chance {choice.chance}"
+                    way = f"{system}, {'adaptive' if adaptive else 'on'}"
+                    rows.append(Row(task.format(batch), way, rate, "tok/s", 0.0, note))
         report("gpu_speculation", rows, ["statespan", "torch", "triton", "cuda-core"])
+
+
+def generated(
+    model: LanguageModel, prompts: list[list[int]], speculation: Speculation | None
+) -> tuple[list[Generation], float]:
+    """What is generated, and the seconds that it takes."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    options = {"max_new_tokens": 2 * NEW, "temperature": 0, "ignore_eos": True}
+    found = generate(model, prompts, speculation=speculation, **options)
+    return found, time.perf_counter() - started
+
+
+def measure_generate(name: str, batches: Sequence[int]) -> None:
+    """`generate` with prompt look-up behind prompts that repeat themselves, beside plain decoding."""
+    model, versions = built(preset(name)), ["statespan", "torch", "triton", "cuda-core"]
+    for batch in batches:
+        prompts = [[random.randrange(model.config.vocab_size) for _ in range(16)] * 8 for _ in range(batch)]
+        texts: list[list[tuple[int, ...]]] = []
+        rates: list[float] = []
+        for way in (None, False, True):
+            speculation = None if way is None else Speculation(PromptLookup(), NUM_DRAFTS, adaptive=way)
+            generated(model, prompts, speculation)  # captures
+            found, seconds = generated(model, prompts, speculation)
+            texts.append([one.token_ids for one in found])
+            rates.append(batch * 2 * NEW / seconds)
+            label = "plain" if way is None else f"look-up, {'adaptive' if way else 'on'}"
+            same = sum(
+                a == b
+                for ours, plain in zip(texts[-1], texts[0], strict=True)
+                for a, b in zip(ours, plain, strict=True)
+            )
+            told = found[0].speculation
+            note = f"{rates[-1] / rates[0]:.2f} x plain, prompts counted; {same} of {batch * 2 * NEW} tokens as plain"
+            note += "" if told is None else f"; {told.acceptance:.0%} of {told.drafted} drafts came true"
+            row = Row(f"{name}, batch {batch}, generate, {NUM_DRAFTS} drafts", label, rates[-1], "tok/s", 0.0, note)
+            report("gpu_speculation", [row], versions)
 
 
 def measure_verify(name: str, batches: Sequence[int]) -> None:
@@ -155,24 +197,27 @@ def measure_verify(name: str, batches: Sequence[int]) -> None:
         step, _ = seconds_of_graph(model, batch)
         rows.append(Row(f"{name}, batch {batch}", "step, graph", step * 1e3, "ms", 0.0))
         for drafts in DRAFTS:
-            graph, eager = seconds_of_verify(model, batch, drafts + 1)
-            cost = graph / step
+            seconds = seconds_of_verify(model, batch, drafts + 1)
+            cost = seconds / step
             needed = f"{cost:.2f} steps; {max(0.0, cost - 1) / drafts:.0%} of the drafts must be accepted"
-            rows.append(Row(f"{name}, batch {batch}, verify {drafts} drafts", "graph", graph * 1e3, "ms", 0.0, needed))
-            rows.append(Row(f"{name}, batch {batch}, verify {drafts} drafts", "eager", eager * 1e3, "ms", 0.0))
+            rows.append(
+                Row(f"{name}, batch {batch}, verify {drafts} drafts", "graph", seconds * 1e3, "ms", 0.0, needed)
+            )
         report("gpu_speculation", rows, ["statespan", "torch", "triton", "cuda-core"])
 
 
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("verify", "engine"), help="what to measure")
+    parser.add_argument("what", choices=("verify", "engine", "generate"), help="what to measure")
     parser.add_argument("--model", default="mamba-1.4b", help="a preset without attention (default: %(default)s)")
     parser.add_argument("--draft", default="mamba-130m", help="a preset of the same vocabulary (default: %(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="rows (default: 1 8 64)")
     arguments = parser.parse_args()
     if arguments.what == "verify":
         measure_verify(arguments.model, arguments.batch)
+    elif arguments.what == "generate":
+        measure_generate(arguments.model, arguments.batch)
     else:
         measure_engine(arguments.model, arguments.draft, arguments.batch)
 

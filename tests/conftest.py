@@ -3,10 +3,15 @@
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from statespan.layers.mixer import Mixer
+from statespan.layers.norm import RMSNorm
+from statespan.layers.state import SSMState
+from statespan.models.verify_step import VerifyDecoder
 
 # The tests run in several processes; two pools of OpenMP threads waiting for each other on one core cost far more than
 # they give. Tests of the threads themselves ask for more.
@@ -57,3 +62,32 @@ def _a_fault_ends_the_process(request: pytest.FixtureRequest) -> Iterator[None]:
             torch.cuda.synchronize()
         except RuntimeError:
             os._exit(1)
+
+
+def _token_by_token(self: VerifyDecoder, layer: Mixer, norm: RMSNorm) -> Callable[..., torch.Tensor]:
+    """What the kernels of a verify step do, by the layer's own forward."""
+    rows, count = self._num_rows, self._num_tokens
+
+    def step(hidden: torch.Tensor, window: torch.Tensor, state: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+        windows, states = (tensor.view(count, rows, *tensor.shape[1:]) for tensor in kept)
+        now, outputs = SSMState(window, state), list[torch.Tensor]()
+        for place, token in enumerate(hidden.view(rows, count, -1).unbind(1)):
+            mixed, now = layer(norm(token[:, None]), now)
+            windows[place], states[place] = now.conv, now.ssm
+            outputs.append(token + mixed[:, 0])
+        return torch.stack(outputs, 1).flatten(0, 1)
+
+    return step
+
+
+@pytest.fixture
+def kept_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are verified as on a GPU, with the state after each token kept: without one launch by launch."""
+    if torch.cuda.is_available():
+        return
+    always = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(VerifyDecoder, "captures", always, raising=False)
+    monkeypatch.setattr(VerifyDecoder, "captured", lambda self, run: run)
+    monkeypatch.setattr(VerifyDecoder, "_verify_step", _token_by_token)
+    monkeypatch.setattr("statespan.models.verify_step.on_device", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)

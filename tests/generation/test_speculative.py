@@ -102,6 +102,15 @@ def test_states_are_those_of_plain_decoding(model):
     assert again.token_ids == want.token_ids
 
 
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_with_the_state_after_each_token_kept(tiny, kind, kept_states):
+    """As on a GPU: no accepted token is fed again, and a state may end in the middle of the drafts."""
+    model = tiny(kind)
+    for options in (GREEDY, SAMPLED):
+        test_tokens_are_those_of_plain_decoding(model, options)
+    test_states_are_those_of_plain_decoding(model)
+
+
 def test_a_state_that_is_gone_on_from_stays_valid(tiny):
     """Two continuations of one state; the second one speculates, and must not write into what the first one holds."""
     model = tiny("attention")

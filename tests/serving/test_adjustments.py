@@ -69,6 +69,7 @@ def test_places_behind_drafts_are_as_if_the_drafts_were_said(samples):
 
 
 def test_a_constraint_and_a_bias_meet(hybrid):
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
     constraint = Vocabulary(ByteTokenizer(), 256).regex("[ab]")
     options = GenerationOptions(frequency_penalty=1.0)
     request = replace(Request((97,), options, constraint=constraint), logit_bias={97: 3.0})

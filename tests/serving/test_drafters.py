@@ -1,6 +1,7 @@
 """Drafting by models in the engine: rows that run ahead and are set back, and tokens that stay those of each alone."""
 
 import copy
+import dataclasses
 import random
 from collections import Counter
 
@@ -26,6 +27,13 @@ from statespan.serving.options import EngineOptions
 from statespan.serving.request import Request
 from statespan.serving.speculative import SpeculativeDecode
 
+GREEDY = {
+    "temperature": 0,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
 TEXT = "the cat sat on the mat, the dog sat on the cat; and naïve cats sat. " * 3
 
 
@@ -97,6 +105,26 @@ def test_tokens_are_those_of_each_request_alone(family):
     report = always(engine).report
     assert run(engine, requests) == {request.id: alone(model, request) for request in requests}
     assert 5 < report.accepted < report.drafted
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_greedy_drafts_in_one_piece(family, noise, monkeypatch):
+    """A GPU's form: all steps of a run and the states after each at once, also where fewer drafts are wanted."""
+    chance, steps = random.Random(3), Counter[int]()
+    requests = [
+        Request(request.prompt, dataclasses.replace(request.options, **GREEDY), id=request.id)
+        for request in requests_of(chance, 9)
+    ]
+    model = lively(family)
+    options = EngineOptions(page_size=4, num_pages=120, num_drafts=5, max_rows=4, prefill_tokens=7)
+    engine = Engine(model, options, draft=lively(family, noise))
+    decode = always(engine)
+    rows = decode.drafter._rows
+    rows._in_graphs, made = True, DraftRows.run_greedily
+    run_greedily = lambda self, ids, count: (steps.update([count]), made(self, ids, count))[1]  # noqa: E731  # counts
+    monkeypatch.setattr(DraftRows, "run_greedily", run_greedily)
+    assert run(engine, requests) == {request.id: alone(model, request) for request in requests}
+    assert set(steps) == {6} and (decode.report.acceptance == 1 if noise == 0 else 0 < decode.report.acceptance < 1)
 
 
 def test_a_draft_of_another_family(hybrid):

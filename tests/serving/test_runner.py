@@ -17,7 +17,7 @@ TOLERANCE = 2e-5 if torch.cuda.is_available() else 1e-5
 def served(model: LanguageModel, num_rows: int = 8) -> tuple[StatePool, Runner]:
     pool = StatePool(model, num_rows, 200, 8)
     pool._kv.fill_(torch.nan)
-    for tensor in pool._slabs._tensors:
+    for tensor in pool._slabs.tensors:
         tensor.fill_(torch.nan)
     return pool, Runner(model, pool)
 

@@ -116,7 +116,7 @@ class Program:
 def poison(pool: StatePool) -> None:
     """What nobody wrote must reach nobody."""
     pool._kv.fill_(torch.nan)
-    for tensor in pool._slabs._tensors:
+    for tensor in pool._slabs.tensors:
         tensor.fill_(torch.nan)
 
 

@@ -3,7 +3,7 @@
 from collections import deque
 
 WINDOW = 8  # steps of one way by which it is judged
-FEW, HOPELESS = 3, 1.5  # after so few steps a trial ends where it is slower by this factor
+FEW, HOPELESS = 6, 1.5  # after so few steps a trial ends where it is slower by this factor
 MARGIN = 1.1  # to take over, a way must be faster by this factor: noise must not flip it
 PATIENCE, MOST_PATIENCE = 128, 4096  # steps until a way that lost is tried again; doubled each time it loses
 
@@ -28,7 +28,7 @@ class _Way:
     @property
     def seconds_a_token(self) -> float:
         """The median step's time, which what is compiled or captured once does not touch, over the mean of tokens."""
-        middle = sorted(seconds for seconds, _ in self._steps)[len(self._steps) // 2]
+        middle = sorted(seconds for seconds, _ in self._steps)[(len(self._steps) - 1) // 2]
         return middle * len(self._steps) / max(1, sum(tokens for _, tokens in self._steps))
 
 

@@ -1,13 +1,14 @@
 """Speculative decoding with exact rollback: drafts are verified in one forward, and nothing unverified is kept.
 
 A verify forward starts from the committed state and feeds each row's `pending` tokens, which are chosen and not yet
-absorbed (the newest at least), and its drafts. Where all drafts of a row are accepted, the row's new state is
-committed. Otherwise its old state stays, which is the rollback of SSM, conv and cached keys at once, and the accepted
-tokens join `pending`: the next forward feeds them again, at the cost of a longer row and not of another forward.
+absorbed (the newest at least), and its drafts. On a GPU the state after each token is kept, and a row goes on from the
+one after its last true token. Elsewhere the row's new state is committed where all its drafts are accepted. Otherwise
+its old state stays, which is the rollback of SSM, conv and cached keys at once, and the accepted tokens join `pending`:
+the next forward feeds them again, at the cost of a longer row and not of another forward.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from weakref import finalize, ref
 
@@ -17,13 +18,13 @@ from torch import Tensor
 from statespan.errors import UserError
 from statespan.generation.acceptance import Verdict, judge
 from statespan.generation.batch import TokenLogprob, token_logprobs
-from statespan.generation.drafters import Draft, Drafter, feed, reclaim
+from statespan.generation.drafters import Draft, Drafter, reclaim
 from statespan.generation.options import GenerationOptions
 from statespan.generation.pace import Pace
 from statespan.generation.penalties import History
 from statespan.generation.sampling import RandomNumbers
-from statespan.generation.verifier import Forwards, give_back, take
-from statespan.layers.state import KVCache, ModelState, State
+from statespan.generation.verifier import Forwards, Verification, give_back, take
+from statespan.layers.state import ModelState
 from statespan.models.language_model import LanguageModel
 
 MOST_PENDING = 16  # tokens; a row with more of them is fed without drafts, which commits it
@@ -86,12 +87,13 @@ class SpeculativeBatch:
         self._left = [options.max_new_tokens] * len(seeds)
         self._drafting = speculation.drafter.begin(model, options, seeds)
         self._pace = Pace() if speculation.adaptive else None
-        self._holds = [take(model, len(seeds))]
+        self._holds = [take(model, len(seeds), 1 + speculation.num_drafts)]
         finalize(self, _end, ref(model), self._holds)
         self._in_steps = False  # the committed state is that of the steps, and `_state` an old one
-        self._state = self._before = state  # committed: now, and before the last step
-        self._waiting: list[list[int]] = [[] for _ in seeds]  # what `_before` had not absorbed
-        self._pending: list[list[int]] = []  # the same of the committed state
+        self._state = state  # committed
+        self._pending: list[list[int]] = []  # what it has not absorbed
+        self._found: Verification | None = None  # of the last verify forward
+        self._waiting: list[list[int]] = []  # what was pending before it
         self._verdicts: list[Verdict] = []
         self._logits = logits  # [n v] float32, at all places of the last step
         self._due = True  # a step: the first one has its logits
@@ -166,16 +168,13 @@ class SpeculativeBatch:
         state = self._committed()
         reclaim(state)
         rows = [[*pending, *draft.ids] for pending, draft in zip(self._pending, drafts, strict=True)]
-        found = self._forwards.verify(self._model, rows, state)
-        ends = zip(found.logits, drafts, strict=True)
-        self._settle(torch.cat([row[len(row) - len(draft.ids) - 1 :] for row, draft in ends]).float(), drafts)
-        whole = [verdict.whole for verdict in self._verdicts]
-        self._state = commit(found.before, found.after, whole, found.num_tokens)
-        self._before, self._waiting = found.before, self._pending
-        self._pending = [
-            [verdict.ids[-1]] if verdict.whole else [*waiting, *verdict.ids]
-            for verdict, waiting in zip(self._verdicts, self._waiting, strict=True)
-        ]
+        wanted = [len(draft.ids) + 1 for draft in drafts]
+        found = self._forwards.verify(self._model, rows, wanted, state)
+        self._settle(found.logits.float(), drafts)
+        self._found, self._waiting = found, self._pending
+        chosen = [[*pending, *verdict.ids] for pending, verdict in zip(self._pending, self._verdicts, strict=True)]
+        self._state, absorbed = found.commit([len(tokens) - 1 for tokens in chosen])
+        self._pending = [tokens[count:] for tokens, count in zip(chosen, absorbed, strict=True)]
 
     def _settle(self, logits: Tensor, drafts: Sequence[Draft]) -> None:
         """Accept, reject and choose, from the logits [n v] at all places that count."""
@@ -204,11 +203,10 @@ class SpeculativeBatch:
         """A state and its row that has absorbed this row's text up to the first `count` tokens of this step, but for
         the newest of them."""
         verdict = self._verdicts[place]
-        if verdict.whole and count == len(verdict.ids):
+        if count == len(verdict.ids) and len(self._pending[place]) == 1:
             return self._committed(), place
-        waiting = [*self._waiting[place], *verdict.ids[: count - 1]]
-        state = self._before.select(torch.tensor([place]))
-        return (feed(self._model, [waiting], state)[1] if waiting else state), 0
+        assert self._found is not None  # a plain step gives one token, and leaves one
+        return self._found.state_after(place, [*self._waiting[place], *verdict.ids[: count - 1]]), 0
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
@@ -216,7 +214,7 @@ class SpeculativeBatch:
             self._state = self._committed().select(torch.tensor(rows))
         self._drafting.keep(rows)
         give_back(self._model, self._holds[0])
-        self._holds[0] = take(self._model, len(rows))
+        self._holds[0] = take(self._model, len(rows), 1 + self._speculation.num_drafts)
         self._texts = [self._texts[row] for row in rows]
         self._said = None if self._said is None else self._said.rows(torch.tensor(rows, device=self._logits.device))
         self._numbers = [self._numbers[row] for row in rows]
@@ -227,37 +225,3 @@ class SpeculativeBatch:
 def _end(model: "ref[LanguageModel]", holds: list[Forwards]) -> None:
     """Outside the batch, which must be free to go."""
     give_back(model(), holds[0])
-
-
-def commit(before: ModelState, after: ModelState, taken: Sequence[bool], num_new: int) -> ModelState:
-    """The state of a batch whose rows go on from `after` where they are taken, and from `before` elsewhere.
-
-    Args:
-        before: of b rows. Its caches may have been appended to since; these slots are hidden from rows not taken.
-        after: what a forward of `num_new` tokens a row (padding included) made of it. Not to be used any more.
-        taken: one a row.
-    """
-    if all(taken):
-        return after
-    if not any(taken):
-        return before
-    device = next(tensor.device for layer in after.layers if layer is not None for tensor in layer.tensors().values())
-    rows = torch.tensor(taken, device=device)
-    pairs = zip(before.layers, after.layers, strict=True)
-    return ModelState(
-        tuple(None if old is None or new is None else _mixed(old, new, rows, num_new) for old, new in pairs)
-    )
-
-
-def _mixed(before: State, after: State, taken: Tensor, num_new: int) -> State:
-    if isinstance(before, KVCache) and isinstance(after, KVCache):
-        after.position[:, after.length - num_new : after.length].masked_fill_(~taken.unsqueeze(1), -1)
-        counts = torch.where(taken, after.next_position, before.next_position)
-        conv = None if after.conv is None or before.conv is None else _rows(taken, after.conv, before.conv)
-        return replace(after, next_position=counts, conv=conv, dense=False)
-    old = before.tensors()
-    return replace(after, **{name: _rows(taken, new, old[name]) for name, new in after.tensors().items()})  # type: ignore[type-var]  # every State is a dataclass
-
-
-def _rows(taken: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(taken.view(-1, *[1] * (new.dim() - 1)), new, old)

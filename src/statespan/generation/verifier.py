@@ -1,111 +1,139 @@
-"""Verifier: one forward over short rows of tokens; on a GPU a CUDA graph, where the model's states have one size."""
+"""Verifier: one forward over short rows of tokens; on a GPU a CUDA graph that keeps the state after each of them."""
 
-import gc
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from statespan.generation.drafters import Steps, feed
-from statespan.layers.state import ModelState, SSMState
+from statespan.layers.state import KVCache, ModelState, State
+from statespan.models import verify_step
 from statespan.models.language_model import LanguageModel
+from statespan.models.slabs import Slabs, states_in
+from statespan.models.verify_step import VerifyDecoder
 
 KEPT = 4  # of a model, that wait for the next call
-SIZES = (4, 8, 16, 32)  # tokens a row for which there is a graph; shorter rows are padded
 
 
-@dataclass(frozen=True)
-class Verification:
+class Verification(Protocol):
     """What a forward gave. All of it is overwritten by the next one, but the states that went in by value."""
 
-    logits: Tensor  # [b t v], rows end together
-    before: ModelState  # the state that it started from
-    after: ModelState
-    num_tokens: int  # t, padding included
+    @property
+    def logits(self) -> Tensor:
+        """[n v] at the places that count, row after row."""
+        ...
+
+    def commit(self, true: Sequence[int]) -> tuple[ModelState, list[int]]:
+        """The state to go on from where so many tokens of each row came true, and how many of these it has absorbed."""
+        ...
+
+    def state_after(self, row: int, ids: Sequence[int]) -> ModelState:
+        """The state of one row after some of the tokens that it was fed, from the first on."""
+        ...
 
 
 class Verifier:
-    """Forwards of one batch size. The first of each number of tokens runs as it is, for what is compiled then.
+    """Forwards of one batch size.
 
     Args:
         model: it is not kept.
         batch_size: b.
-        captures: whether a CUDA graph can hold a step of the model.
+        num_tokens: of a row, at most: the newest one and all drafts.
     """
 
-    def __init__(self, model: LanguageModel, batch_size: int, captures: bool) -> None:
-        self._batch_size = batch_size
-        layers = model.new_state(0).layers
-        self._captures = captures and all(layer is None or isinstance(layer, SSMState) for layer in layers)
-        self._graphs: dict[int, _Graph | None] = {}
+    def __init__(self, model: LanguageModel, batch_size: int, num_tokens: int) -> None:
+        captures = verify_step.on_device(model.device)
+        self._graph = _Graph.of(model, batch_size, num_tokens) if captures else None
 
     @property
     def has_graphs(self) -> bool:
-        return any(graph is not None for graph in self._graphs.values())
+        return self._graph is not None
 
-    def __call__(self, model: LanguageModel, rows: Sequence[Sequence[int]], state: ModelState) -> Verification:
-        """Feed b rows of unequal length from `state`."""
-        longest = max(map(len, rows))
-        size = next((size for size in SIZES if size >= longest), None)
-        if not self._captures or size is None:
-            logits, after = feed(model, rows, state)
-            return Verification(logits, state, after, longest)
-        if size not in self._graphs:
-            self._graphs[size] = None
-            logits, after = feed(model, rows, state, size)
-            return Verification(logits, state, after, size)
-        graph = self._graphs[size] or _Graph(model, self._batch_size, size)
-        self._graphs[size] = graph
-        return graph(rows, state)
+    def __call__(
+        self, model: LanguageModel, rows: Sequence[Sequence[int]], wanted: Sequence[int], state: ModelState
+    ) -> Verification:
+        """Feed b rows of unequal length from `state`; logits are wanted after the last `wanted[i]` tokens of row i."""
+        if self._graph is not None:
+            return self._graph(rows, wanted, state)
+        logits, after = feed(model, rows, state)
+        ends = torch.cat([row[row.shape[0] - count :] for row, count in zip(logits, wanted, strict=True)])
+        return _Fed(ends, model, rows, state, after, logits.shape[1])
 
 
-@contextmanager
-def capture(graph: torch.cuda.CUDAGraph) -> Generator[None, None, None]:
-    """What is launched inside becomes the graph."""
-    gc_was_enabled = gc.isenabled()
-    gc.disable()  # an old graph that is collected now would end the capture
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            yield
-    finally:
-        if gc_was_enabled:
-            gc.enable()
+@dataclass(frozen=True)
+class _Fed:
+    """A forward that gave the state after the last tokens alone: rows go on from there or stay where they were."""
+
+    logits: Tensor
+    model: LanguageModel
+    rows: Sequence[Sequence[int]]
+    before: ModelState
+    after: ModelState
+    num_tokens: int  # of a row, padding included
+
+    def commit(self, true: Sequence[int]) -> tuple[ModelState, list[int]]:
+        whole = [count == len(row) for count, row in zip(true, self.rows, strict=True)]
+        absorbed = [count if taken else 0 for count, taken in zip(true, whole, strict=True)]
+        return commit(self.before, self.after, whole, self.num_tokens), absorbed
+
+    def state_after(self, row: int, ids: Sequence[int]) -> ModelState:
+        state = self.before.select(torch.tensor([row]))
+        return feed(self.model, [ids], state)[1] if ids else state
 
 
 class _Graph:
-    """A forward of `size` tokens a row over tensors that stay where they are."""
+    """Equally long rows over memory of its own; what fills a row up is never committed."""
 
-    def __init__(self, model: LanguageModel, batch_size: int, size: int) -> None:
-        self._size = size
-        self._ids = torch.zeros(batch_size, size, dtype=torch.int64, device=model.device)
-        self._segments = torch.zeros(batch_size, size, dtype=torch.int32, device=model.device)
-        self._before = model.new_state(batch_size)
-        self._graph = torch.cuda.CUDAGraph()
-        with capture(self._graph):
-            output = model(self._ids, segments=self._segments, state=self._before)
-        assert output.logits is not None and output.state is not None  # a state went in
-        self._result = Verification(output.logits, self._before, output.state, size)
+    def __init__(
+        self, decoder: VerifyDecoder, memory: Slabs, kept: Slabs, before: ModelState, after: ModelState
+    ) -> None:
+        self._memory, self._kept, self._before, self._after = memory, kept, before, after
+        self._ids = ids = torch.zeros(kept.num_rows, dtype=torch.int64, device=memory.device)
+        self._run = decoder.captured(lambda: decoder(ids))
+        self.logits = torch.empty(0)
 
-    def __call__(self, rows: Sequence[Sequence[int]], state: ModelState) -> Verification:
-        padding = [self._size - len(row) for row in rows]
-        ids = torch.tensor([[0] * count + list(row) for count, row in zip(padding, rows, strict=True)])
-        segments = torch.where(torch.arange(self._size) < torch.tensor(padding)[:, None], -1, 0)
+    @classmethod
+    def of(cls, model: LanguageModel, batch_size: int, num_tokens: int) -> "_Graph | None":
+        """None where the model's layers have no such steps."""
+        layers = model.new_state(0).layers
+        if any(isinstance(layer, KVCache) for layer in layers):
+            return None
+        constants = [{} if layer is None else layer.tensors() for layer in layers]
+        memory, kept = (Slabs(constants, size, model.device) for size in (batch_size, batch_size * num_tokens))
+        before, after = states_in(memory, layers), states_in(kept, layers)
+        active = torch.ones(batch_size, dtype=torch.int32, device=model.device)
+        decoder = model.verify_decoder(batch_size, num_tokens, memory=before, kept=after, active=active)
+        return None if decoder is None else cls(decoder, memory, kept, before, after)
+
+    def __call__(self, rows: Sequence[Sequence[int]], wanted: Sequence[int], state: ModelState) -> "_Graph":
+        size = self._kept.num_rows // self._memory.num_rows
+        ids = torch.tensor([token for row in rows for token in (*row, *[0] * (size - len(row)))])
         self._ids.copy_(ids.pin_memory(), non_blocking=True)
-        self._segments.copy_(segments.int().pin_memory(), non_blocking=True)
         if state is not self._before:
             torch._foreach_copy_(_tensors(self._before), _tensors(state))  # type: ignore[reportPrivateImportUsage]  # one launch; its only name
-        self._graph.replay()
-        return self._result
+        logits = self._run().unflatten(0, (-1, size))
+        ends = zip(logits, rows, wanted, strict=True)
+        self.logits = torch.cat([row[len(fed) - count : len(fed)] for row, fed, count in ends])
+        return self
+
+    def commit(self, true: Sequence[int]) -> tuple[ModelState, list[int]]:
+        batch = self._memory.num_rows
+        sources = [(count - 1) * batch + row for row, count in enumerate(true)]
+        self._memory.take_rows(range(batch), self._kept, sources)
+        return self._before, list(true)
+
+    def state_after(self, row: int, ids: Sequence[int]) -> ModelState:
+        return self._after.select(torch.tensor([(len(ids) - 1) * self._memory.num_rows + row]))
 
 
 @dataclass(frozen=True)
 class Forwards:
     """The two ways of one batch to go on. Their graphs are kept for the next call, as in generation/stepper.py."""
 
-    key: tuple[int, ...]  # batch size and the weights' addresses, which the graphs hold
+    key: tuple[int, ...]  # batch size, tokens of a row, and the weights' addresses, which the graphs hold
     verify: Verifier
     step: Steps
 
@@ -113,15 +141,15 @@ class Forwards:
 _idle: WeakKeyDictionary[LanguageModel, list[Forwards]] = WeakKeyDictionary()
 
 
-def take(model: LanguageModel, batch_size: int) -> Forwards:
+def take(model: LanguageModel, batch_size: int, num_tokens: int) -> Forwards:
     """Forwards for `batch_size` rows, until `give_back`."""
-    key = (batch_size, *(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())))
+    addresses = (tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    key = (batch_size, num_tokens, *addresses)
     for forwards in _idle.get(model, []):
         if forwards.key == key:
             _idle[model].remove(forwards)
             return forwards
-    step = Steps(model, batch_size)
-    return Forwards(key, Verifier(model, batch_size, step.captures), step)
+    return Forwards(key, Verifier(model, batch_size, num_tokens), Steps(model, batch_size))
 
 
 def give_back(model: LanguageModel | None, forwards: Forwards) -> None:
@@ -130,6 +158,40 @@ def give_back(model: LanguageModel | None, forwards: Forwards) -> None:
         idle = _idle.setdefault(model, [])
         idle.append(forwards)
         del idle[:-KEPT]
+
+
+def commit(before: ModelState, after: ModelState, taken: Sequence[bool], num_new: int) -> ModelState:
+    """The state of a batch whose rows go on from `after` where they are taken, and from `before` elsewhere.
+
+    Args:
+        before: of b rows. Its caches may have been appended to since; these slots are hidden from rows not taken.
+        after: what a forward of `num_new` tokens a row (padding included) made of it. Not to be used any more.
+        taken: one a row.
+    """
+    if all(taken):
+        return after
+    if not any(taken):
+        return before
+    device = next(tensor.device for layer in after.layers if layer is not None for tensor in layer.tensors().values())
+    rows = torch.tensor(taken, device=device)
+    pairs = zip(before.layers, after.layers, strict=True)
+    return ModelState(
+        tuple(None if old is None or new is None else _mixed(old, new, rows, num_new) for old, new in pairs)
+    )
+
+
+def _mixed(before: State, after: State, taken: Tensor, num_new: int) -> State:
+    if isinstance(before, KVCache) and isinstance(after, KVCache):
+        after.position[:, after.length - num_new : after.length].masked_fill_(~taken.unsqueeze(1), -1)
+        counts = torch.where(taken, after.next_position, before.next_position)
+        conv = None if after.conv is None or before.conv is None else _rows(taken, after.conv, before.conv)
+        return replace(after, next_position=counts, conv=conv, dense=False)
+    old = before.tensors()
+    return replace(after, **{name: _rows(taken, new, old[name]) for name, new in after.tensors().items()})  # type: ignore[type-var]  # every State is a dataclass
+
+
+def _rows(taken: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(taken.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
 def _tensors(state: ModelState) -> list[Tensor]:

@@ -25,7 +25,7 @@ from statespan.models.mixer_step import (
     prepared_step,
     ssm_forward,
 )
-from statespan.models.pool_step import Held, NextSlots, PagedAttention
+from statespan.models.pool_step import Held, MemoryStep, NextSlots, PagedAttention
 from statespan.ops.decode_step import (
     FeedForwardWeights,
     HeadWeights,
@@ -83,7 +83,7 @@ class Decoder:
         states = [None] * len(blocks) if memory is None else memory.layers
         for block, state in zip(blocks, states, strict=True):
             if isinstance(block.mixer, Attention) and isinstance(state, PagedKVCache) and active is not None:
-                self._slots = self._slots or NextSlots(block.mixer, state, active)
+                self._slots = self._slots or self._new_slots(block.mixer, state, active)
         for alike, group in groupby(zip(blocks, states, strict=True), key=lambda pair: _is_mamba1(pair[0])):
             pairs = list(group)
             if not (alike and self._add_stack(pairs)):
@@ -174,7 +174,10 @@ class Decoder:
             return StaticAttention(layer, norm, state)
         return layer_step(layer, norm)
 
-    def _step_in(self, memory: State, layer: Mixer, norm: RMSNorm) -> StaticSSM | PagedAttention | Held:
+    def _new_slots(self, layer: Attention, cache: PagedKVCache, active: Tensor) -> NextSlots:
+        return NextSlots(layer, cache, active)
+
+    def _step_in(self, memory: State, layer: Mixer, norm: RMSNorm) -> MemoryStep:
         """The step of a mixer that overwrites this state."""
         if isinstance(memory, SSMState):
             weights = layer.step_weights(norm)

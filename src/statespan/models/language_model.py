@@ -1,5 +1,6 @@
 """LanguageModel: an embedding, a Backbone and a head, with one forward for training, prefill and decode."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from statespan.layers.state import ModelState, State
 from statespan.models.backbone import Backbone, Block
 from statespan.models.config import ModelConfig
 from statespan.models.decoder import Decoder
+from statespan.models.verify_step import NoVerifyStep, VerifyDecoder
 from statespan.ops import linear, linear_cross_entropy
 from statespan.ops.decode_step import HeadWeights, Projection
 
@@ -175,6 +177,20 @@ class LanguageModel(nn.Module):
 
     def decoder(self, batch_size: int, *, memory: ModelState | None = None, active: Tensor | None = None) -> Decoder:
         """A fast form of `model(ids[:, None], state=)` for generation: see Decoder."""
+        return Decoder(*self._decoder_parts(), batch_size, self.stream_dtype, memory, active)
+
+    def verify_decoder(
+        self, num_rows: int, num_tokens: int, *, memory: ModelState, kept: ModelState, active: Tensor
+    ) -> VerifyDecoder | None:
+        """Several tokens of each row at once, for speculation: see VerifyDecoder; None where there is none."""
+        try:
+            return VerifyDecoder(*self._decoder_parts(), num_rows, num_tokens, self.stream_dtype, memory, kept, active)
+        except NoVerifyStep:
+            return None
+
+    def _decoder_parts(
+        self,
+    ) -> tuple[nn.Embedding, Sequence[Block], Callable[[Tensor], Tensor], HeadWeights | None]:
         own_head = WeakMethod(self.head)  # a decoder that is kept must not keep the model
 
         def head(hidden: Tensor) -> Tensor:
@@ -182,8 +198,7 @@ class LanguageModel(nn.Module):
             assert method is not None  # who decodes holds the model
             return method(hidden)
 
-        parts = (self.embedding, self.layers, head, self._head_weights())
-        return Decoder(*parts, batch_size, self.stream_dtype, memory, active)
+        return self.embedding, self.layers, head, self._head_weights()
 
     def _head_weights(self) -> HeadWeights | None:
         """What a prepared decoding step of the head reads; None where the last norm is no RMSNorm."""

@@ -1,6 +1,7 @@
 """How a decoder steps over memory that is given to it: the leading rows of a pool of states and pages."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from statespan.layers.state import PagedKVCache, State
 from statespan.models.mixer_step import convolved
 from statespan.ops import paged_decode_attention
 from statespan.ops.decode_attention.paged import append_token
+
+
+class MemoryStep(Protocol):
+    """The half of a block that has a state, over memory that was given."""
+
+    @property
+    def static(self) -> bool:
+        """Whether a CUDA graph may hold it."""
+        ...
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The residual stream [b h] after the mixer."""
+        ...
 
 
 class Held:
@@ -43,6 +57,7 @@ class NextSlots:
 
     def __init__(self, layer: Attention, cache: PagedKVCache, active: Tensor) -> None:
         self._layer, self._cache, self._active = layer, cache, active
+        self.table = cache.table  # [b m] pages of each token's row
         self.seen = torch.zeros_like(active)  # [b] slots, the new one included
         self.slot = torch.zeros_like(active, dtype=torch.int64)  # [b], of all pages' slots
         self.position = torch.zeros_like(active)  # [b] of the new tokens in their sequences
@@ -50,14 +65,19 @@ class NextSlots:
 
     def step(self) -> None:
         """Each row has a token more."""
-        layer, cache, size = self._layer, self._cache, self._cache.page_size
+        cache, size = self._cache, self._cache.page_size
         position = torch.mul(cache.length, self._active, out=self.position)
         page = cache.table.gather(1, (position // size).long().unsqueeze(1)).squeeze(1)
         torch.mul(page.long() * size + position % size, self._active, out=self.slot)
         torch.add(position, self._active, out=self.seen)
         cache.length.add_(self._active)
+        self._turn()
+
+    def _turn(self) -> None:
+        """The angles of the tokens' places."""
+        layer = self._layer
         if layer.config.rope_theta is not None:
-            cos, sin = rotary_angles(position, layer.config, layer.head_dim)
+            cos, sin = rotary_angles(self.position, layer.config, layer.head_dim)
             self.angles = cos.squeeze(1), sin.squeeze(1)
 
 
@@ -86,6 +106,6 @@ class PagedAttention:
         interleaved = layer.config.rotary_interleaved
         query = append_token(qkv, cache.key, cache.value, slots.slot, slots.angles, interleaved=interleaved)
         mixed = paged_decode_attention(
-            query, cache.key, cache.value, cache.table, slots.seen, sliding_window=layer.config.sliding_window
+            query, cache.key, cache.value, slots.table, slots.seen, sliding_window=layer.config.sliding_window
         )
         return hidden + layer.out_proj(mixed.flatten(1))

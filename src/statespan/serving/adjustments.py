@@ -7,8 +7,8 @@ from torch import Tensor
 
 from statespan.generation.options import GenerationOptions
 from statespan.generation.penalties import History, penalize
+from statespan.models.transfer import to_device
 from statespan.serving.job import Sample
-from statespan.serving.transfer import to_device
 
 Drafts = Sequence[Sequence[int]]  # of each row: tokens that may come next
 

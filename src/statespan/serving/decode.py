@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from statespan.generation.batch import TokenLogprob, token_logprobs
+from statespan.models.transfer import to_device
 from statespan.serving.adjustments import Drafts, adjusted
 from statespan.serving.job import Chosen, Sample
 from statespan.serving.runner import Runner
 from statespan.serving.sampling import RowSampling, choose_rows
-from statespan.serving.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,23 @@ class PlainDecode:
         self._sampling: RowSampling | None = None
         self._running: _Choice | None = None  # of a step whose tokens nobody has read
 
+    @property
+    def unread(self) -> bool:
+        """Whether a step runs whose tokens nobody has read."""
+        return self._running is not None
+
     @torch.inference_mode()
-    def __call__(self, samples: Sequence[Sample]) -> list[list[Chosen] | Failed]:
+    def __call__(self, samples: Sequence[Sample], *, go_on: bool = True) -> list[list[Chosen] | Failed]:
+        """As Decode's; without `go_on` no step is started ahead."""
         running, self._running = self._running, None
+        ahead = self._ahead and go_on
         if running is None or not any(sample in running.samples for sample in samples):
             logits = self._runner.decode([sample.pending for sample in samples])
-            if not self._ahead or any(_waits(sample) for sample in samples):
+            if not ahead or any(_waits(sample) for sample in samples):
                 return self.choose(logits, samples)
             running = self._ahead_choice(logits, samples)
         last = any(sample.num_new + 1 >= sample.options.max_new_tokens for sample in running.samples)
-        if running.samples == tuple(samples) and not last:
+        if ahead and running.samples == tuple(samples) and not last:
             self._running = self._ahead_choice(self._runner.decode(running.ids), samples)
         found = dict(zip(running.samples, running.read(), strict=True))
         outcomes: list[list[Chosen] | Failed] = []
@@ -131,7 +138,8 @@ class PlainDecode:
         """One token a sample, which is sure to be taken: its random number is used up."""
         choice = self._choice(logits, samples, [()] * len(samples))
         for sample in samples:
-            sample.numbers.use(0 if sample.options.greedy else 1)
+            if not sample.options.greedy:
+                sample.numbers.use()
         return choice
 
     def _choice(self, logits: Tensor, samples: Sequence[Sample], drafts: Drafts) -> _Choice:

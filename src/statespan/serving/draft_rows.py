@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from statespan.models.decoder import Decoder
 from statespan.models.language_model import LanguageModel
+from statespan.models.transfer import to_device
+from statespan.ops.decode_step.tokens import choose_best
 from statespan.serving.job import Sample
 from statespan.serving.page_pool import OutOfPages
 from statespan.serving.runner import Chunk, Runner
-from statespan.serving.state_pool import Mark, StatePool
+from statespan.serving.state_pool import Mark, StatePool, bucket
 
 Texts = Mapping[Sample, Sequence[int]]  # in the small model's tokens
 
@@ -36,6 +40,8 @@ class DraftRows:
         self._left_out: set[Sample] = set()  # there were no pages for them
         self._marks: list[Mark] = []  # before the first step of the last run, and after each
         self._fed: list[list[int]] = []  # the tokens of each row in that run
+        self._in_graphs = self.pool.device.type == "cuda"
+        self._greedy: dict[tuple[int, int], _Greedy] = {}  # by rows and steps
 
     def follow(self, samples: Sequence[Sample], room: Mapping[Sample, int]) -> None:
         """Have rows for these samples and no others, each with room for so many tokens."""
@@ -100,6 +106,35 @@ class DraftRows:
         """Feed each row a token: logits [n v] float32, overwritten by the next step."""
         return self._runner.decode(ids)
 
+    @torch.inference_mode()
+    def run_greedily(self, ids: Sequence[int], count: int) -> Tensor | None:
+        """As `begin`, and then `step` and `mark` so often, each with the most likely token of the last one.
+
+        Returns:
+            The tokens chosen [count n] int64; None where a CUDA graph cannot hold the steps, and nothing was done.
+        """
+        pool, size = self.pool, bucket(len(ids))
+        if not self._in_graphs:
+            return None
+        if (size, count) not in self._greedy:
+            decoder = self.model.decoder(size, memory=pool.leading(size), active=pool.active[:size])
+            if pool.device.type == "cuda" and not decoder.captures:
+                self._in_graphs = False
+                return None
+            self._greedy[size, count] = _Greedy(decoder, pool, size, count)
+        greedy = self._greedy[size, count]
+        self._runner.activate(len(ids))
+        pool.zero_fresh(len(ids))
+        greedy.ids[: len(ids)].copy_(to_device(ids, torch.int64, pool.device))
+        self._marks = []
+        for place in range(count + 1):
+            rows = slice(place * size, place * size + len(ids))
+            states = [tensor[:, rows] for tensor in greedy.kept.tensors]
+            self._marks.append(Mark(states, tuple(pool.num_tokens[: len(ids)])))
+            if place < count:
+                pool.advance(len(ids))
+        return greedy.run()[:, : len(ids)]
+
     def end(self, fed: Mapping[int, Sequence[int]]) -> None:
         """The tokens that some rows were fed since `begin`, for `settle`, with a mark after each; the others are set
         back now."""
@@ -107,6 +142,25 @@ class DraftRows:
         others = [row for row in range(len(self.samples)) if row not in fed]
         if others:
             self.pool.rewind(others, [self._marks[0]] * len(others))
+
+
+class _Greedy:
+    """So many steps of `size` rows of a pool, each with the likeliest token of the one before: one CUDA graph."""
+
+    def __init__(self, decoder: Decoder, pool: StatePool, size: int, count: int) -> None:
+        self.ids = ids = torch.zeros(size, dtype=torch.int64, device=pool.device)
+        self.kept = kept = pool.slabs((count + 1) * size)  # before the first step, and after each
+        chosen, best = ids.new_zeros(count, size), torch.zeros(size, device=pool.device)
+
+        def run() -> Tensor:
+            pool.copy_to(kept, 0, size)
+            for place in range(count):
+                choose_best(decoder(ids).float(), ids, best)
+                chosen[place].copy_(ids)
+                pool.copy_to(kept, (place + 1) * size, size)
+            return chosen
+
+        self.run = decoder.captured(run)
 
 
 def _num_equal(first: Sequence[int], second: Sequence[int]) -> int:

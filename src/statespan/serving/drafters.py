@@ -14,12 +14,12 @@ from statespan.errors import UserError
 from statespan.generation.drafters import PromptLookup, TextIndex
 from statespan.generation.subwords import SubwordVocabulary, last_word
 from statespan.models.language_model import LanguageModel
+from statespan.models.transfer import to_device
 from statespan.serving.adjustments import adjusted
 from statespan.serving.draft_rows import DraftRows
 from statespan.serving.job import Sample
 from statespan.serving.options import EngineOptions
 from statespan.serving.sampling import RowSampling, choose_rows
-from statespan.serving.transfer import to_device
 
 LONGEST_WORD = 32  # bytes; a longer one is not gone on with
 
@@ -98,12 +98,17 @@ class ModelDrafter:
         return [tuple(found.get(sample, ())[:count]) for sample, count in zip(samples, counts, strict=True)]
 
     def _run(self, count: int) -> list[list[int]]:
-        """So many tokens of each row; nothing waits for a GPU before all are there."""
+        """So many tokens of each row, or more; nothing waits for a GPU before all are there."""
         rows, samples, device = self._rows, self._rows.samples, self._rows.pool.device
         if self._sampling is None or self._sampled != samples:
             size, self._sampled = rows.model.config.vocab_size, list(samples)
             self._sampling = RowSampling.of([sample.options for sample in samples], size, device)
         sampling = self._sampling
+        if sampling.all_greedy and not any(sample.adjusts for sample in samples):
+            # Always as many, so that there is one graph for each number of rows.
+            chosen = rows.run_greedily([sample.pending for sample in samples], self._num_drafts + 1)
+            if chosen is not None:
+                return chosen[: self._num_drafts].T.tolist()
         numbers = torch.zeros(count, len(samples), dtype=torch.float64)
         if not sampling.all_greedy:
             drawn = [[0.0] * count if s.options.greedy else s.numbers.peek(count) for s in samples]

@@ -93,8 +93,7 @@ class Engine:
 
     def _new_decode(self, draft: LanguageModel | None) -> Decode:
         device, plain_only = self.model.device, self.options.num_drafts == 0
-        ahead = plain_only and device.type == "cuda"
-        plain = PlainDecode(self.runner, self.model.config.vocab_size, device, ahead=ahead)
+        plain = PlainDecode(self.runner, self.model.config.vocab_size, device, ahead=device.type == "cuda")
         if plain_only and draft is not None:
             raise UserError("a draft model needs EngineOptions.num_drafts of at least 1")
         if plain_only:
@@ -115,6 +114,8 @@ class Engine:
             self.runner.absorb([Chunk(row, (0,) * (min(length, room) if self.pool.pages_for(1) else length))])
             self.pool.clear(row)
         self.runner.warm_up()
+        if isinstance(self.decode, SpeculativeDecode):
+            self.decode.warm_up()
 
     def submit(self, request: Request) -> None:
         """Put a request in the queue. Any thread may call this.

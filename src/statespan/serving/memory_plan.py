@@ -48,7 +48,7 @@ def plan_memory(
         cache_bytes: kept for snapshots.
         page_budget_bytes: for keys and values. None: on a GPU all that is left, elsewhere 1 GiB.
         draft: a model that drafts for it, in its place. It has as many pages.
-        num_drafts: tokens that it drafts in a step; its rows are kept before and after each.
+        num_drafts: tokens drafted in a step; states are kept after each, and the draft model's before them too.
 
     Raises:
         UserError: on a GPU, where no page is left.
@@ -61,6 +61,8 @@ def plan_memory(
     """
     config, item = model.config, model.dtype.itemsize
     row, token = state_bytes(config, item), kv_bytes_per_token(config, item)
+    if num_drafts and model.device.type == "cuda":
+        row *= num_drafts + 2  # verifying keeps the state after each token
     if draft is not None:
         row += (num_drafts + 3) * state_bytes(draft.config, draft.dtype.itemsize)
         token += kv_bytes_per_token(draft.config, draft.dtype.itemsize)

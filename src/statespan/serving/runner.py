@@ -8,8 +8,8 @@ from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.models.language_model import LanguageModel
+from statespan.models.transfer import to_device
 from statespan.serving.state_pool import StatePool, bucket
-from statespan.serving.transfer import to_device
 
 PADDED_TOKENS = 32  # a chunk may always be padded to so many
 TOGETHER_SLOTS = 1 << 15  # of keys and values that rows of unequal length, which need a mask, may have together
@@ -139,20 +139,29 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture all graphs now; the rows stay as they are. Elsewhere than on a GPU nothing is to be done."""
-        if self._ids.is_cuda:
-            for size in sorted({bucket(count) for count in range(1, self.pool.num_rows)}):  # one is never decoded
-                for _ in range(2):
-                    self._step(0, size)
+        for size in self.graph_sizes:
+            for _ in range(2):
+                self._step(0, size)
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Numbers of rows for which there are CUDA graphs, the largest first."""
+        counts = range(1, self.pool.num_rows) if self._ids.is_cuda else ()  # one row is never decoded
+        return sorted({bucket(count) for count in counts}, reverse=True)
+
+    def activate(self, count: int) -> None:
+        """The first `count` rows take part in the next steps."""
+        if count != self._decoding:
+            self.pool.active[:count].fill_(1)
+            self.pool.active[count:].fill_(0)
+            self._decoding = count
 
     def _batch_size(self, count: int) -> int:
         return bucket(count) if self._ids.is_cuda else count
 
     def _step(self, count: int, size: int) -> Tensor:
         """Run on `size` rows, of which the first `count` take part: logits [size v]."""
-        if count != self._decoding:
-            self.pool.active[:count].fill_(1)
-            self.pool.active[count:].fill_(0)
-            self._decoding = count
+        self.activate(count)
         if size not in self._steps:
             self._steps[size] = self._make_step(size)
         # Idle rows write to no page, but their constant states go on; of those being prefilled they are needed.

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from statespan.generation.sampling import Sampling, nucleus_edge, pick
-from statespan.serving.transfer import to_device
+from statespan.generation.sampling import Sampling, pick
+from statespan.models.transfer import to_device
+from statespan.ops.decode_step.tokens import choose_best
+from statespan.ops.sampling_edge import sampling_edge
 
 
 @dataclass(frozen=True)
@@ -62,32 +64,26 @@ def choose_rows(logits: Tensor, rows: RowSampling, numbers: Tensor) -> tuple[Ten
         rows: how each row samples.
         numbers: [n] float64 in [0, 1), random; not read where a row is greedy.
     """
-    best, ids = logits.max(dim=-1)
+    ids, best = logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits))
+    choose_best(logits, ids, best)
     if rows.all_greedy:
         return ids, best
-    drawn = pick(row_weights(logits, rows), numbers)
+    drawn = pick(row_weights(logits, rows, best), numbers)
     return torch.where(rows.greedy, ids, drawn), best
 
 
-def row_weights(logits: Tensor, rows: RowSampling) -> Tensor:
-    """Probabilities of the next token [n v] after each row's filters, relative to the best token's (not normalised)."""
-    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / rows.temperature.unsqueeze(1)).exp()
+def row_weights(logits: Tensor, rows: RowSampling, best: Tensor) -> Tensor:
+    """Probabilities of the next token [n v] after each row's filters, relative to the best token's (not normalised).
+
+    Args:
+        logits, rows: as for `choose_rows`.
+        best: [n], each row's largest logit.
+    """
+    weights = (logits - best.unsqueeze(1)).div_(rows.temperature.unsqueeze(1)).exp_()
     uses_top_k, uses_top_p, uses_min_p = rows.filters
-    # A GPU sorts all of them: nobody waits there for how many it takes.
-    best = weights.sort(dim=-1, descending=True).values if weights.is_cuda and (uses_top_k or uses_top_p) else None
-    if uses_top_k:
-        weights = weights * (weights >= _top_k_edge(weights, rows.top_k, best))
-    if uses_top_p:
-        weights = weights * (weights >= nucleus_edge(weights, rows.top_p.unsqueeze(1), best))
+    if uses_top_k or uses_top_p:
+        edge = sampling_edge(weights, rows.top_k if uses_top_k else None, rows.top_p if uses_top_p else None)
+        weights.masked_fill_(weights < edge, 0)
     if uses_min_p:
-        weights = weights * (weights >= rows.min_p.unsqueeze(1))
+        weights.masked_fill_(weights < rows.min_p.unsqueeze(1), 0)
     return weights
-
-
-def _top_k_edge(weights: Tensor, top_k: Tensor, best: Tensor | None) -> Tensor:
-    """Weight [n 1] of each row's k-th best token; 0 where k is the vocabulary's size."""
-    limited = top_k < weights.shape[-1]
-    if best is None:
-        best = weights.topk(max(1, int(top_k.where(limited, 0).max())), dim=-1).values
-    edge = best.gather(-1, (top_k - 1).clamp(max=best.shape[-1] - 1).unsqueeze(1))
-    return edge.where(limited.unsqueeze(1), edge.new_zeros(()))

@@ -1,15 +1,15 @@
 """Speculation in the engine: a drafter guesses for each row, one forward verifies the guesses of all rows.
 
-Nothing unverified is kept (generation/speculative.py): `Verify` starts from where the rows are and leaves them there,
-keys and values go into pages behind the rows' length, and only rows whose drafts were all accepted are committed. The
-others stay where they are, and the next forward feeds their accepted tokens again.
+Nothing unverified is committed: `Verify` starts from where the rows are and leaves them there, keys and values go into
+pages behind the rows' length. On a GPU the state after each token is kept, and a row goes on from its last true one;
+elsewhere only rows whose drafts were all accepted go on (generation/speculative.py), and the next forward feeds the
+others' accepted tokens again.
 """
 
 from collections.abc import Sequence
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from statespan.generation.pace import Pace
 from statespan.generation.speculative import MOST_PENDING, SpeculationReport
@@ -18,7 +18,6 @@ from statespan.serving.decode import Failed, PlainDecode
 from statespan.serving.drafters import LookupDrafter, RowDrafter
 from statespan.serving.job import Chosen, Sample
 from statespan.serving.runner import Runner
-from statespan.serving.transfer import to_device
 from statespan.serving.verify import Verify
 
 
@@ -52,12 +51,19 @@ class SpeculativeDecode:
         self.drafter, self._verify = drafter or LookupDrafter(), Verify(runner, 1 + num_drafts)
         self._pace = Pace() if adaptive else None
 
+    def warm_up(self) -> None:
+        """On a GPU, capture the graphs of verify forwards now, while no row is in use."""
+        self._verify.warm_up()
+
     def __call__(self, samples: Sequence[Sample]) -> list[list[Chosen] | Failed]:
         started = perf_counter()
-        drafts = self._propose(samples)
+        speculating = self._pace is None or self._pace.speculating
+        # A step that runs ahead is awaited first.
+        drafts = self._propose(samples) if speculating and not self._plain.unread else [()] * len(samples)
         drafted = sum(map(len, drafts))
-        if plain := not drafted and all(len(self._pending(row, sample)) == 1 for row, sample in enumerate(samples)):
-            chosen = self._plain(samples)
+        waiting = any(len(self._pending(row, sample)) > 1 for row, sample in enumerate(samples))
+        if plain := not drafted and not waiting:
+            chosen = self._plain(samples, go_on=not speculating)
         else:
             chosen = self._verified(samples, drafts)
         counts = [0 if isinstance(one, Failed) else len(one) for one in chosen]
@@ -75,8 +81,6 @@ class SpeculativeDecode:
 
     @torch.inference_mode()
     def _propose(self, samples: Sequence[Sample]) -> list[tuple[int, ...]]:
-        if self._pace is not None and not self._pace.speculating:
-            return [()] * len(samples)
         return self.drafter.propose(samples, [self._room(row, sample) for row, sample in enumerate(samples)])
 
     def _room(self, row: int, sample: Sample) -> int:
@@ -89,22 +93,14 @@ class SpeculativeDecode:
     def _verified(self, samples: Sequence[Sample], drafts: Drafts) -> list[list[Chosen] | Failed]:
         """One forward of all rows from where they are; rows whose drafts were all accepted go on."""
         fed = [[*self._pending(row, sample), *drafts[row]] for row, sample in enumerate(samples)]
-        found = self._verify(fed)
-        chosen = self._plain.choose(_places(found.logits, drafts), samples, drafts)
-        whole = [
-            row
-            for row, (one, draft) in enumerate(zip(chosen, drafts, strict=True))
-            if not isinstance(one, Failed) and len(one) == len(draft) + 1
-        ]
-        found.commit(whole, [len(fed[row]) for row in whole])
+        found = self._verify(fed, [len(draft) + 1 for draft in drafts])
+        chosen = self._plain.choose(found.logits, samples, drafts)
+        # Of a row's drafts those before its own last token came true.
+        found.commit(
+            {
+                row: len(fed[row]) - len(drafts[row]) + len(one) - 1
+                for row, one in enumerate(chosen)
+                if not isinstance(one, Failed)
+            }
+        )
         return chosen
-
-
-def _places(logits: Tensor, drafts: Drafts) -> Tensor:
-    """Logits [m v] at the places that count, of logits [n t v] of rows that end together."""
-    longest = logits.shape[1]
-    rows = [row for row, draft in enumerate(drafts) for _ in range(len(draft) + 1)]
-    ends = [place for draft in drafts for place in range(longest - len(draft) - 1, longest)]
-    if len(rows) == len(drafts) * longest:
-        return logits.flatten(0, 1)[: len(rows)]
-    return logits[to_device(rows, torch.int64, logits.device), to_device(ends, torch.int64, logits.device)]

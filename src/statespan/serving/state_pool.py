@@ -10,9 +10,9 @@ from torch import Tensor
 from statespan.errors import UserError
 from statespan.layers.state import KVCache, ModelState, PagedKVCache, State
 from statespan.models.language_model import LanguageModel
+from statespan.models.slabs import Slabs, states_in
+from statespan.models.transfer import to_device
 from statespan.serving.page_pool import PagePool
-from statespan.serving.slabs import Slabs
-from statespan.serving.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +70,13 @@ class StatePool:
         caches = [state for state in states if isinstance(state, KVCache)]
         self._window = None if rewinds or not caches else model.config.attention.sliding_window
         self.device = model.device
-        self._slabs = Slabs([_constant(state) for state in states], padded_rows(num_rows, self.device), self.device)
+        self._constants = [_constant(state) for state in states]
+        self._slabs = self.slabs(padded_rows(num_rows, self.device))
         rows = self._slabs.num_rows
         shape = (num_pages, page_size, *(caches[0].row_shape if caches else (0, 0)))
         # [2 layers, pages ...]: a page of all layers is copied at once.
         self._kv = torch.zeros(2 * len(caches), *shape, dtype=model.dtype, device=self.device)
+        self._has_pages = bool(caches)
         self.page_bytes = self._kv[:, 0].nbytes
         most = num_pages - 1 if caches else 0
         self._table = torch.zeros(rows, most, dtype=torch.int32, device=self.device)
@@ -107,7 +109,7 @@ class StatePool:
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages of a row with so many tokens; 0 where no layer has keys and values."""
-        return -(-num_tokens // self.page_size) if len(self._kv) else 0
+        return -(-num_tokens // self.page_size) if self._has_pages else 0
 
     def pages_seen(self, num_tokens: int) -> int:
         """As `pages_for`, without those that no token after these sees."""
@@ -186,6 +188,31 @@ class StatePool:
             self._let_go(row)
         self._tell_lengths(rows)
 
+    def slabs(self, count: int) -> Slabs:
+        """Memory for `count` constant states."""
+        return Slabs(self._constants, count, self.device)
+
+    def state_in(self, slabs: Slabs, count: int) -> ModelState:
+        """The first `count` constant states of such memory, by layer; without keys and values."""
+        return states_in(slabs, self._layers, count)
+
+    @torch.inference_mode()
+    def take(self, rows: Sequence[int], slabs: Slabs, sources: Sequence[int], added: Sequence[int]) -> None:
+        """Rows go on from these constant states, by so many tokens, whose keys and values are in their pages."""
+        self._slabs.take_rows(rows, slabs, sources)
+        self.grow(rows, added)
+
+    def copy_to(self, slabs: Slabs, first: int, count: int) -> None:
+        """The constant states of the first `count` rows, to such memory, from a row on."""
+        self._slabs.copy_to(slabs, first, count)
+
+    @torch.inference_mode()
+    def zero_fresh(self, count: int) -> None:
+        """Those of the first rows that have no tokens are as before the first one; before, they may hold anything."""
+        for row in range(count):
+            if self.num_tokens[row] == 0:
+                self._slabs.zero(row)
+
     @torch.inference_mode()
     def mark(self, count: int) -> Mark:
         """How the first rows are now, for `rewind`."""
@@ -203,6 +230,9 @@ class StatePool:
         self._tell_lengths(rows)
 
     def _tell_lengths(self, rows: Sequence[int]) -> None:
+        """The device needs them for keys and values alone."""
+        if not self._has_pages:
+            return
         new = to_device([self.num_tokens[row] for row in rows], torch.int32, self.device)
         self._length[to_device(rows, torch.int64, self.device)] = new
 
@@ -221,12 +251,12 @@ class StatePool:
 
     def advance(self, count: int) -> None:
         """A decoder takes the first rows on by a token each; the device counts for itself."""
+        self.zero_fresh(count)
         for row in range(count):
-            if self.num_tokens[row] == 0:  # what an earlier sequence left there
-                self._slabs.zero(row)
             self.num_tokens[row] += 1
-            assert self.pages_for(self.num_tokens[row]) <= len(self._held[row]), f"row {row} outgrew its pages"
-            self._let_go(row)
+            if self._has_pages:
+                assert self.pages_for(self.num_tokens[row]) <= len(self._held[row]), f"row {row} outgrew its pages"
+                self._let_go(row)
 
     @torch.inference_mode()
     def clear(self, row: int) -> None:
@@ -320,7 +350,7 @@ class StatePool:
     def _share(self, row: int, num_tokens: int, pages: Sequence[int]) -> None:
         """Give a free row the full ones of these pages, which it sees after so many tokens, and a copy of the last."""
         gone = self._gone(num_tokens)
-        full = num_tokens // self.page_size - gone if len(self._kv) else 0
+        full = num_tokens // self.page_size - gone if self._has_pages else 0
         copy = self.pages.allocate(len(pages) - full)
         self.pages.retain(pages[:full])
         self._held[row], self._num_gone[row] = [0] * gone + [*pages[:full], *copy], gone

@@ -1,20 +1,19 @@
-"""Verify: one forward over several tokens of each of a pool's first rows, which commits nothing by itself."""
+"""Verify: one forward over the newest token and the drafts of each of a pool's first rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from statespan.generation.verifier import capture
-from statespan.layers.state import ModelState, SSMState
-from statespan.models.language_model import LanguageModel
+from statespan.layers.state import ModelState
+from statespan.models import verify_step
+from statespan.models.slabs import Slabs
+from statespan.models.transfer import to_device
+from statespan.models.verify_step import VerifyDecoder
 from statespan.serving.runner import Runner
 from statespan.serving.state_pool import StatePool, bucket
-from statespan.serving.transfer import to_device
-
-SIZES = (8, 16, 32)  # tokens a row for which there is a graph; shorter rows are padded
 
 
 class Verified(Protocol):
@@ -22,55 +21,85 @@ class Verified(Protocol):
 
     @property
     def logits(self) -> Tensor:
-        """[n t v] float32 at the last places; rows end together."""
+        """[m v] float32 at the places that count, row after row."""
         ...
 
-    def commit(self, rows: Sequence[int], added: Sequence[int]) -> None:
-        """These rows go on from here, each by so many tokens; the others stay where they are."""
+    def commit(self, true: Mapping[int, int]) -> None:
+        """Of the tokens that these rows were fed, so many came true: the rows go on behind them where they can.
+
+        The others stay where they are, to be fed them again.
+        """
         ...
 
 
 class Verify:
     """Forwards of the first rows of a runner's pool, from where these are.
 
-    On a GPU they are CUDA graphs where the model's states have one size; elsewhere, and with attention, whose keys
-    grow, they are launched kernel by kernel.
+    On a GPU they are CUDA graphs of `num_tokens` a row that keep the state after each, where the model's layers have
+    such steps. Elsewhere they are launched kernel by kernel, and a row goes on only where all of its tokens came true.
 
     Args:
         runner: of the model and its pool.
-        num_logits: logits are wanted at the last so many places.
+        num_tokens: of a row: the newest one and all drafts.
     """
 
-    def __init__(self, runner: Runner, num_logits: int) -> None:
-        self._model, self._pool, self._num_logits = runner.model, runner.pool, num_logits
-        layers = self._model.new_state(0).layers
-        constant = all(layer is None or isinstance(layer, SSMState) for layer in layers)
-        self._captures = constant and self._model.device.type == "cuda"
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+    def __init__(self, runner: Runner, num_tokens: int) -> None:
+        self._runner, self._num_tokens = runner, num_tokens
+        self._graphs: dict[int, _Graph] = {}  # by rows; they share the memory for states
+        self._kept: Slabs | None = None
+        self._captures = verify_step.on_device(runner.model.device)
 
     @torch.inference_mode()
-    def __call__(self, fed: Sequence[Sequence[int]]) -> Verified:
-        """Feed row i the tokens `fed[i]`."""
-        longest = max(map(len, fed))
-        size = next((size for size in SIZES if size >= longest), None)
-        fresh = not all(self._pool.num_tokens[: len(fed)])  # whose memory is not zero yet
-        if size is None or fresh or not self._captures:
-            return self._launch(fed, longest)
-        key = bucket(len(fed)), size
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(self._model, self._pool, *key, self._num_logits)
-        return self._graphs[key](fed)
+    def __call__(self, fed: Sequence[Sequence[int]], wanted: Sequence[int]) -> Verified:
+        """Feed row i the tokens `fed[i]`; logits are wanted after the last `wanted[i]` of them."""
+        graph = self._graph(bucket(len(fed))) if self._captures else None
+        return self._launch(fed, wanted) if graph is None else graph(fed, wanted)
 
-    def _launch(self, fed: Sequence[Sequence[int]], longest: int) -> Verified:
-        model = self._model
-        ids, padding = _padded(fed, longest)
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture all graphs now, while no row is in use."""
+        for size in self._runner.graph_sizes if self._captures else ():
+            if graph := self._graph(size):
+                for _ in range(2):
+                    graph([[0]], [1])
+
+    def _graph(self, num_rows: int) -> "_Graph | None":
+        """The graph for so many rows; None: the model has none."""
+        if num_rows not in self._graphs:
+            runner, count = self._runner, num_rows * self._num_tokens
+            if self._kept is None or self._kept.num_rows < count:
+                self._graphs.clear()  # with the memory that they hold
+                self._kept = None
+                self._kept = runner.pool.slabs(count)
+            decoder = runner.model.verify_decoder(
+                num_rows,
+                self._num_tokens,
+                memory=runner.pool.leading(num_rows),
+                kept=runner.pool.state_in(self._kept, count),
+                active=runner.pool.active[:num_rows],
+            )
+            if decoder is None:
+                self._captures, self._kept = False, None
+                return None
+            self._graphs[num_rows] = _Graph(runner, decoder, self._kept, num_rows, self._num_tokens)
+        return self._graphs[num_rows]
+
+    def _launch(self, fed: Sequence[Sequence[int]], wanted: Sequence[int]) -> Verified:
+        """Rows padded on the left, so that they end together."""
+        model, pool, longest = self._runner.model, self._runner.pool, max(map(len, fed))
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in fed])
         segments = None
         if any(len(row) < longest for row in fed):
-            segments = to_device(padding, torch.int64, model.device)
+            padding = longest - torch.tensor([len(row) for row in fed])
+            real = torch.where(torch.arange(longest) < padding[:, None], -1, 0)
+            segments = to_device(real, torch.int64, model.device)
         hidden = model.embedding(to_device(ids, torch.int64, model.device)).to(model.stream_dtype)
-        hidden, after, _, _ = model.backbone(hidden, self._pool.state(range(len(fed))), segments)
+        hidden, after, _, _ = model.backbone(hidden, pool.state(range(len(fed))), segments)
         assert after is not None  # a state went in
-        return _Launched(model.head(hidden[:, -self._num_logits :]).float(), after, self._pool)
+        most = max(wanted)
+        places = [row * most + place for row, count in enumerate(wanted) for place in range(most - count, most)]
+        logits = _at(model.head(hidden[:, -most:]).float().flatten(0, 1), places)
+        return _Launched(logits, after, pool, [len(row) for row in fed])
 
 
 @dataclass(frozen=True)
@@ -78,61 +107,49 @@ class _Launched:
     logits: Tensor
     after: ModelState
     pool: StatePool
+    fed: Sequence[int]  # tokens of each row
 
     @torch.inference_mode()
-    def commit(self, rows: Sequence[int], added: Sequence[int]) -> None:
+    def commit(self, true: Mapping[int, int]) -> None:
+        rows = [row for row, count in true.items() if count == self.fed[row]]
         if rows:
-            all_rows = len(rows) == len(self.logits)
-            self.pool.store(rows, self.after if all_rows else self.after.select(torch.tensor(rows)), added)
+            all_rows = len(rows) == len(self.fed)
+            after = self.after if all_rows else self.after.select(torch.tensor(rows))
+            self.pool.store(rows, after, [self.fed[row] for row in rows])
 
 
 class _Graph:
-    """A forward of `size` tokens a row over the pool's own memory, and another graph that commits."""
+    """A forward of equally long rows over the pool's own memory; what fills a row up is never committed."""
 
-    def __init__(self, model: LanguageModel, pool: StatePool, num_rows: int, size: int, num_logits: int) -> None:
-        self._pool, self._shape = pool, (num_rows, size)
-        self._ids = torch.zeros(num_rows, size, dtype=torch.int64, device=model.device)
-        self._segments = torch.full_like(self._ids, -1)
-        self._taken = torch.zeros(num_rows, dtype=torch.bool, device=model.device)
-        before = pool.leading(num_rows)
+    def __init__(self, runner: Runner, decoder: VerifyDecoder, kept: Slabs, num_rows: int, num_tokens: int) -> None:
+        self._runner, self._kept, self._shape = runner, kept, (num_rows, num_tokens)
+        ids = self._ids = torch.zeros(num_rows * num_tokens, dtype=torch.int64, device=runner.model.device)
+        self._run = decoder.captured(lambda: decoder(ids).float())
+        self.logits = torch.empty(0)
 
-        def forward() -> tuple[Tensor, ModelState]:
-            hidden = model.embedding(self._ids).to(model.stream_dtype)
-            hidden, after, _, _ = model.backbone(hidden, before, self._segments)
-            assert after is not None  # a state went in
-            return model.head(hidden[:, -num_logits:]).float(), after
-
-        forward()  # compiles what is compiled when it first runs
-        self._forward, self._commit = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with capture(self._forward):
-            self.logits, after = forward()
-        with capture(self._commit):
-            for ours, new in zip(_tensors(before), _tensors(after), strict=True):
-                torch.where(self._taken.view(-1, *[1] * (new.dim() - 1)), new, ours, out=ours)
-
-    def __call__(self, fed: Sequence[Sequence[int]]) -> "_Graph":
-        num_rows, size = self._shape
-        ids, padding = _padded([*fed, *[()] * (num_rows - len(fed))], size)
-        self._ids.copy_(to_device(ids, torch.int64, self._ids.device))
-        self._segments.copy_(to_device(padding, torch.int64, self._ids.device))
-        self._forward.replay()
+    def __call__(self, fed: Sequence[Sequence[int]], wanted: Sequence[int]) -> "_Graph":
+        num_tokens, device = self._shape[1], self._ids.device
+        ids = [token for row in fed for token in (*row, *[0] * (num_tokens - len(row)))]
+        self._ids[: len(ids)].copy_(to_device(ids, torch.int64, device))
+        self._runner.activate(len(fed))
+        self._runner.pool.zero_fresh(len(fed))
+        places = [
+            row * num_tokens + place
+            for row, count in enumerate(wanted)
+            for place in range(len(fed[row]) - count, len(fed[row]))
+        ]
+        self.logits = _at(self._run(), places)
         return self
 
     @torch.inference_mode()
-    def commit(self, rows: Sequence[int], added: Sequence[int]) -> None:
-        taken = set(rows)
-        self._taken.copy_(to_device([row in taken for row in range(self._shape[0])], torch.bool, self._ids.device))
-        self._commit.replay()
-        if rows:
-            self._pool.grow(rows, added)
+    def commit(self, true: Mapping[int, int]) -> None:
+        if true:
+            sources = [(count - 1) * self._shape[0] + row for row, count in true.items()]
+            self._runner.pool.take(list(true), self._kept, sources, list(true.values()))
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
-    """Ids and segments [n length] of rows padded on the left."""
-    padding = length - torch.tensor([len(row) for row in rows])
-    ids = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows])
-    return ids, torch.where(torch.arange(length) < padding[:, None], -1, 0)
-
-
-def _tensors(state: ModelState) -> list[Tensor]:
-    return [tensor for layer in state.layers if layer is not None for tensor in layer.tensors().values()]
+def _at(logits: Tensor, places: Sequence[int]) -> Tensor:
+    """Rows of [n v]."""
+    if list(places) == list(range(len(places))):
+        return logits[: len(places)]
+    return logits[to_device(places, torch.int64, logits.device)]
