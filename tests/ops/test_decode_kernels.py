@@ -24,8 +24,10 @@ from statespan.ops.decode_step import (
     multiply,
     project,
     stack,
+    stream,
     tokens,
     update,
+    verify,
 )
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -60,6 +62,26 @@ def mamba2(rows: int, dtype=BF16, stream=F32, **changes: object):
     layer = Mamba2(HIDDEN, Mamba2Config(**changes)).to(dtype)
     step = cuda.mamba2(layer.step_weights(RMSNorm(HIDDEN, 1e-5).to(dtype)), rows, stream, dtype)
     return step, mixer_inputs(layer, rows, stream, dtype)
+
+
+def verified(kind: str, rows: int, count: int, dtype=BF16, stream=F32, quantize=False, **changes: object):
+    """Several tokens a row."""
+    layer: Any = (
+        Mamba1(HIDDEN, Mamba1Config(**changes)) if kind == "mamba1" else Mamba2(HIDDEN, Mamba2Config(**changes))
+    )
+    layer = int8(layer.to(dtype)) if quantize else layer.to(dtype)
+    make = verify.mamba1 if kind == "mamba1" else verify.mamba2
+    step = make(layer.step_weights(RMSNorm(HIDDEN, 1e-5).to(dtype)), rows, count, stream, dtype)
+    before, kept = (layer.new_state(size, torch.device("cpu"), dtype) for size in (rows, rows * count))
+    return step, (torch.zeros(rows * count, HIDDEN, dtype=stream), before.conv, before.ssm, kept.conv, kept.ssm)
+
+
+def streamed(rows: int, outputs: int, inputs: int, dtype=BF16, before: Any = None, **options: Any):
+    """A product of few rows on matrix units."""
+    projection = Projection(torch.zeros(outputs, inputs, dtype=dtype))
+    step = stream.Stream(projection, rows, F32, before=before, **options)
+    size = outputs // 2 if options.get("after") == "swiglu" else outputs
+    return lambda x: step(x, torch.zeros(rows, size), z=torch.zeros(rows, inputs)), (torch.zeros(rows, inputs),)
 
 
 def feed_forward(rows: int, layer: torch.nn.Module, dtype=BF16, quantize=False):
@@ -100,6 +122,14 @@ def ends(rows: int, dtype=BF16):
     return step, (torch.zeros(rows, 999),)
 
 
+def normed(size: int, dtype=BF16) -> project.Normed:
+    return project.Normed(torch.zeros(size, dtype=dtype), 1e-5)
+
+
+def gated(size: int) -> project.Gated:
+    return project.Gated(torch.zeros(size, dtype=BF16), 1e-5, size, norm_first=True)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "mamba1": lambda: mamba1(1),
     "mamba1, 8 rows": lambda: mamba1(8),
@@ -114,6 +144,18 @@ CASES: dict[str, Callable[[], Any]] = {
     "mamba2": lambda: mamba2(1),
     "mamba2, many rows": lambda: mamba2(64),
     "mamba2, groups": lambda: mamba2(5, num_groups=4, head_dim=32, norm_before_gate=True, discretization="bilinear"),
+    "stream": lambda: streamed(5, 5120, 2560, before=normed(2560)),
+    "stream, 8 rows": lambda: streamed(8, 2560, 5120, before=gated(5120), add=True),
+    "stream, swiglu": lambda: streamed(4, 14336, 4096, before=normed(4096), after="swiglu"),
+    "stream, float16": lambda: streamed(2, 1003, 72, dtype=F16, before=normed(72, F16), after="gelu"),
+    "verify, mamba1": lambda: verified("mamba1", 1, 5),
+    "verify, mamba1, many rows": lambda: verified("mamba1", 8, 5, inner_norms=True),
+    "verify, mamba1, int8, odd": lambda: verified(
+        "mamba1", 2, 3, quantize=True, state_size=5, dt_rank=3, conv_kernel=2
+    ),
+    "verify, mamba1, 16 tokens": lambda: verified("mamba1", 1, 16, dtype=F16, stream=F16, discretization="zoh"),
+    "verify, mamba2": lambda: verified("mamba2", 1, 7),
+    "verify, mamba2, many rows": lambda: verified("mamba2", 3, 5, num_groups=4, head_dim=32, norm_before_gate=True),
     "mlp": lambda: feed_forward(1, MLP(HIDDEN, MLPConfig(intermediate_size=512))),
     "mlp, gelu": lambda: feed_forward(4, MLP(HIDDEN, MLPConfig(intermediate_size=512, activation="gelu", bias=True))),
     "experts": lambda: experts(1),
@@ -134,6 +176,7 @@ EVERYWHERE = (
     "mamba2, groups",
     "experts",
     "mamba2, many rows",
+    "verify, mamba1",
     "ends",
 )  # on every kind of GPU; the others on one
 
@@ -146,9 +189,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, tuple[tuple[str,
     monkeypatch.setattr(large, "tensor_map", lambda weight, tile: torch.zeros(16, dtype=torch.int64))
     monkeypatch.setattr(launch, "_allow_shared", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    for module in (project, multiply, update, stack, large):
+    for module in (project, multiply, update, stack, large, stream):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    for module in (project, multiply, stack, large):
+    for module in (project, multiply, update, stack, large, stream):
         monkeypatch.setattr(module, "shared_memory", lambda device: 227 << 10)
     return found
 

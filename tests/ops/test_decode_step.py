@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from statespan.errors import UserError
 from statespan.layers.config import Mamba1Config, Mamba2Config, MLPConfig, MoEConfig
@@ -16,9 +17,11 @@ from statespan.layers.mlp import MLP
 from statespan.layers.moe import Experts, Int8Experts, MoE
 from statespan.layers.norm import RMSNorm
 from statespan.layers.state import SSMState
-from statespan.ops.decode_step import HeadWeights, Projection, prepare
+from statespan.ops.decode_step import HeadWeights, Projection, prepare, prepare_verify, update
 from statespan.ops.decode_step.multiply import Multiply
+from statespan.ops.decode_step.project import Convolved, Gated, Normed
 from statespan.ops.decode_step.stack import mamba1_stack
+from statespan.ops.decode_step.stream import Stream
 from statespan.ops.decode_step.tokens import choose_best, embedder
 
 BACKENDS = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # conftest.py makes the latter's tensors there
@@ -269,6 +272,19 @@ def test_the_head_on_a_gpu(width, rows, backend):
 
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
 @pytest.mark.parametrize("rows", [9, 64, 65, 130])
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_logits_of_many_rows_are_not_rounded(rows, backend):
+    """Two tokens whose logits round to the same 16 bits are no tie."""
+    hidden, norm, weight = torch.randn(rows, 768), torch.rand(768) + 0.5, torch.randn(1000, 768).bfloat16()
+    head = prepare(HeadWeights(norm.bfloat16(), 1e-5, Projection(weight), 997), rows, torch.float32, torch.bfloat16)
+    logits, wide = head(hidden), hidden.double()
+    normed = wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * norm.bfloat16().double()
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+    assert error(logits, normed @ weight[:997].double().t()) < LIMIT["bfloat16"]
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [9, 64, 65, 130])
 @pytest.mark.parametrize(("outputs", "inputs"), [(192, 5120), (80, 1536), (101, 136), (5, 64), (2000, 640)])
 @pytest.mark.parametrize("backend", ["cuda"])
 def test_products_on_matrix_units(outputs, inputs, rows, backend):
@@ -324,12 +340,16 @@ def test_a_stack_on_a_gpu(width, stream, backend, monkeypatch):
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [9, 64, 65, 130])
+@pytest.mark.parametrize("crowded", [False, True], ids=["", "crowded"])
 @pytest.mark.parametrize("backend", ["cuda"])
-def test_a_stack_of_many_rows_on_a_gpu(dtype, rows, backend, monkeypatch):
+def test_a_stack_of_many_rows_on_a_gpu(dtype, rows, crowded, backend, monkeypatch):
     """Two tokens through two blocks: hardly further from float64 than the layers' own forward."""
     torch.manual_seed(10)
     for width, changes in {128: MATRIX[128], 640: MATRIX[640], 192: {"inner_norms": True, "dt_rank": 40}}.items():
         monkeypatch.setattr(sys.modules[__name__], "HIDDEN", width)
+        if crowded:  # a block of the recurrence takes two groups of rows, for all to run at once
+            fewest = -(-rows // 16) * 2 * width // 64
+            monkeypatch.setattr(update, "multiprocessors", lambda device, fewest=fewest: -(-fewest // 3))
         config = Mamba1Config(**changes)
         pairs = [tuple(x.to(dtype) for x in built(Mamba1(width, config), "bfloat16")) for _ in range(2)]
         for layer, _ in pairs:
@@ -381,6 +401,8 @@ def test_the_best_token(backend, tokens, rows):
 def test_the_embedding_on_a_gpu(backend):
     table, ids = torch.randn(99, 1100).bfloat16(), torch.tensor([0, 98, 5])
     assert torch.equal(embedder(table, 3, torch.float32)(ids), table[ids].float())
+    columns = torch.stack([ids, ids + 1], dim=1)
+    assert torch.equal(embedder(table, 3, torch.float32)(columns[:, 0]), table[ids].float())
     assert torch.equal(embedder(table, 3, torch.bfloat16)(ids), table[ids])
 
 
@@ -441,3 +463,136 @@ def test_what_does_not_fit_is_refused_before_a_kernel_writes(change: str) -> Non
     mlp = MLP(HIDDEN, MLPConfig(intermediate_size=8)).requires_grad_(False)
     with pytest.raises(UserError, match="hidden must be"):
         prepare(mlp.step_weights(RMSNorm(HIDDEN, 1e-5)), 2, torch.float32, torch.float32)(hidden[:, :3])
+
+
+STREAMED = {
+    "norm": {"before": "norm"},
+    "norm, conv": {"before": "norm", "after": "conv"},
+    "added": {"add": True},
+    "gate, added": {"before": "gate", "add": True},
+    "norm of a gate": {"before": "gate norm", "add": True},
+    "norm, then gate": {"before": "norm gate"},
+    "norm, swiglu, bias": {"before": "norm", "after": "swiglu", "bias": True},
+    "gelu": {"after": "gelu"},
+}
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [2, 5, 8])
+@pytest.mark.parametrize("shape", [(1040, 72), (338, 1536), (96, 2080)])
+@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_a_product_of_few_rows_on_a_gpu(backend, name, shape, rows):
+    """On matrix units, x in two parts: what is before and behind the product, against float64."""
+    torch.manual_seed(9)
+    (outputs, inputs), form = shape, STREAMED[name]
+    dtype = torch.float16 if rows == 5 else torch.bfloat16
+    weight, norm = torch.randn(outputs, inputs).to(dtype) / inputs**0.5, torch.randn(inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype) if form.get("bias") else None
+    x, z, old = torch.randn(rows, inputs), torch.randn(rows, inputs), torch.randn(rows, outputs)
+    taps, offset, window = torch.randn(outputs - 32, 4).to(dtype), torch.randn(outputs - 32).to(dtype), None
+    before, after, wide = None, form.get("after"), x.double()
+    normed = lambda x: x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.double()  # noqa: E731  # twice
+    gate = F.silu(z.double())
+    match form.get("before"):
+        case "norm":
+            before, wide = Normed(norm, 1e-5), normed(wide)
+        case "gate":
+            before, wide = Gated(None, 1e-5, inputs, norm_first=False), wide * gate
+        case "gate norm":
+            before, wide = Gated(norm, 1e-5, inputs, norm_first=False), normed(wide * gate)
+        case "norm gate":
+            before, wide = Gated(norm, 1e-5, inputs, norm_first=True), normed(wide) * gate
+    truth = wide @ weight.double().T + (0 if bias is None else bias.double())
+    if after == "conv":
+        window = torch.randn(rows, 3, outputs - 32).to(dtype)
+        after, part = Convolved(16, taps, offset, dtype), truth[:, 16 : outputs - 16]
+        wanted = torch.cat([window.double(), part[:, None]], 1)
+        truth[:, 16 : outputs - 16] = F.silu((wanted * taps.double().T).sum(1) + offset.double())
+    elif after == "swiglu":
+        truth = F.silu(truth[:, : outputs // 2]) * truth[:, outputs // 2 :]
+    elif after == "gelu":
+        truth = F.gelu(truth)
+    y = old[:, : truth.shape[1]].clone() if form.get("add") else torch.full(truth.shape, torch.nan)
+    truth = truth + y.double() if form.get("add") else truth
+    product = Stream(
+        Projection(weight, bias=bias), rows, torch.float32, before=before, after=after, add=bool(form.get("add"))
+    )
+    product(x, y, z=z, conv_state=window)
+    assert error(y, truth) < 1e-5
+    if window is not None:
+        assert error(window, wanted[:, 1:]) < LIMIT["bfloat16"]
+
+
+def stepped(layer, norm, hidden, state, windows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The layer's own forward, token by token: the stream [b t h], and windows and states after each token [t b ..].
+
+    Each token finds the window in `windows` [t b ..], which is rounded to the weights' dtype.
+    """
+    outputs, seen, states = [], [], []
+    for token, window in zip(hidden.unbind(1), windows, strict=True):
+        mixed, state = layer(norm(token[:, None]), state)
+        outputs.append(token + mixed[:, 0])
+        seen.append(state.conv)
+        states.append(state.ssm)
+        state = SSMState(window.to(state.conv.dtype), state.ssm)
+    return torch.stack(outputs, 1), torch.stack(seen), torch.stack(states)
+
+
+def check_verify(layer, norm, rows: int, count: int, kind: str, stream: torch.dtype) -> None:
+    dtype, width = norm.weight.dtype, norm.weight.shape[0]
+    hidden, empty = torch.randn(rows, count, width).to(stream), layer.new_state(rows, norm.weight.device, dtype)
+    state = SSMState(torch.randn(empty.conv.shape).to(dtype), torch.randn(empty.ssm.shape))
+    step = prepare_verify(layer.step_weights(norm), rows, count, stream, dtype)
+    assert step is not None
+    before = state.clone()
+    after = layer.new_state(rows * count, norm.weight.device, dtype)._map(lambda tensor: tensor.fill_(torch.nan))
+    found = step(hidden.flatten(0, 1).clone(), state.conv, state.ssm, after.conv, after.ssm)
+    assert torch.equal(before.conv, state.conv) and torch.equal(before.ssm, state.ssm)
+    ours = (found.view(rows, count, -1), after.conv.unflatten(0, (count, rows)), after.ssm.unflatten(0, (count, rows)))
+    double = SSMState(state.conv.double(), state.ssm.double())
+    truth = stepped(exact(layer), exact(norm), hidden.double(), double, ours[1])
+    if rows * count <= 8:  # next to nothing is rounded between the parts
+        limits = (LIMIT[kind if stream == dtype else "float32"], LIMIT[kind], LIMIT["float32"])
+        for value, wanted, limit in zip(ours, truth, limits, strict=True):
+            assert value.numel() == 0 or error(value, wanted) < limit * count
+        return
+    plain = stepped(layer, norm, hidden, state, ours[1])
+    for value, theirs, wanted in zip(ours, plain, truth, strict=True):
+        distance, plain_distance = ((x.double() - wanted).norm() for x in (value, theirs))
+        assert distance <= max(2 * plain_distance, 3e-6 * wanted.norm())
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(1, 5), (2, 4), (3, 5), (2, 16)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_several_tokens_equal_float64(backend: str, kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    for make, configs in ((Mamba1, MAMBA1), (Mamba2, MAMBA2)):
+        for config in configs.values():
+            layer, norm = built(make(HIDDEN, config), kind)
+            check_verify(layer, norm, *shape, bfloat16_limits(kind), torch.float32)
+            if kind == "bfloat16":
+                check_verify(layer, norm, *shape, kind, torch.bfloat16)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(1, 6), (4, 5), (16, 5)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_several_tokens_on_matrix_units(
+    backend: str, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    for width, changes in MATRIX.items():
+        monkeypatch.setattr(sys.modules[__name__], "HIDDEN", width)
+        layer, norm = (x.to(dtype) for x in built(Mamba1(width, Mamba1Config(**changes)), "bfloat16"))
+        for projection in (layer.in_proj, layer.x_proj, layer.out_proj):
+            projection.weight.mul_(0.2)  # float16 ends at 65,504
+        check_verify(layer, norm, *shape, "bfloat16", torch.float32)
+
+
+def test_several_tokens_take_a_gpu() -> None:
+    layer, norm = Mamba1(48, MAMBA1["plain"]), RMSNorm(48, 1e-5)
+    assert prepare_verify(layer.step_weights(norm), 1, 4, torch.float32, torch.float32) is None

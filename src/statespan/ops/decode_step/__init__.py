@@ -29,6 +29,7 @@ __all__ = [
     "Router",
     "prepare",
     "prepare_stack",
+    "prepare_verify",
 ]
 
 OPS = {
@@ -60,7 +61,8 @@ def prepare(
         step. Not differentiable, and not for two threads at once: a step owns its scratch memory. It reads the weights
         where they were when it was prepared.
 
-    Numerics: what passes between the parts is float32, whatever the weights are; it is not rounded on the way.
+    Numerics: what passes between the parts of up to 8 rows is float32, whatever the weights are; large products of 2 to
+        8 rows with 16-bit weights see it as two numbers of 16 bits, which hold 16 of its 24 digits (float16: 22).
     """
     if not all(value.plain for value in vars(weights).values() if isinstance(value, Projection)):
         return None
@@ -97,6 +99,35 @@ def prepare_stack(
     from statespan.ops.decode_step.stack import mamba1_stack
 
     return mamba1_stack(weights, states, hidden_dtype)
+
+
+def prepare_verify(
+    weights: Mamba1Weights | Mamba2Weights,
+    num_rows: int,
+    num_tokens: int,
+    hidden_dtype: torch.dtype,
+    conv_dtype: torch.dtype,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """Several tokens of each row through a mixer's half of a block, with the state after each of them kept.
+
+    Args:
+        weights, hidden_dtype, conv_dtype: as for `prepare`.
+        num_rows, num_tokens: b and t.
+
+    Returns:
+        `step(hidden [b*t h], conv_state [b k-1 c], ssm_state, conv_states [t b k-1 c], ssm_states [t b ..]) -> hidden`,
+        which is overwritten, as the last two are; the states that it starts from stay. For NVIDIA GPUs and float32
+        states, as `prepare`; None elsewhere.
+    """
+    plain = all(value.plain for value in vars(weights).values() if isinstance(value, Projection))
+    if not plain or resolve(OPS[type(weights)], "auto", weights.norm.device, hidden_dtype, conv_dtype) != "cuda":
+        return None
+    from statespan.ops.decode_step import verify
+
+    if num_tokens > verify.MOST_TOKENS:
+        return None
+    make = verify.mamba1 if isinstance(weights, Mamba1Weights) else verify.mamba2
+    return make(weights, num_rows, num_tokens, hidden_dtype, conv_dtype)  # type: ignore[arg-type]  # each its own weights
 
 
 def _module(name: str) -> Any:

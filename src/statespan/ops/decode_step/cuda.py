@@ -22,6 +22,7 @@ from statespan.ops.decode_step.project import (
     aligned,
     fits,
 )
+from statespan.ops.decode_step.stream import product
 from statespan.ops.decode_step.update import Update, mamba2_update
 from statespan.ops.decode_step.weights import FeedForwardWeights, HeadWeights, Mamba1Weights, Mamba2Weights, Projection
 
@@ -30,7 +31,7 @@ ROUTE_WARPS = 16
 MOST_READ_AGAIN = 200 << 20  # bytes of experts; beyond, the grouped products, which read each once, are faster
 
 
-def _runs(projections: Sequence[Projection], plain: Sequence[Tensor | None], exact: Sequence[Tensor]) -> bool:
+def readable(projections: Sequence[Projection], plain: Sequence[Tensor | None], exact: Sequence[Tensor]) -> bool:
     """Whether the kernels can read these: weights by 16 bytes, parameters of one type without gaps, float32 others."""
     there = [weight for weight in plain if weight is not None]
     return (
@@ -41,7 +42,7 @@ def _runs(projections: Sequence[Projection], plain: Sequence[Tensor | None], exa
     )
 
 
-def _few(rows: int, *projections: Projection) -> bool:
+def few_rows(rows: int, *projections: Projection) -> bool:
     return rows <= FEW_ROWS and all(fits(projection, rows) for projection in projections)
 
 
@@ -50,18 +51,18 @@ def mamba1(w: Mamba1Weights, rows: int, hidden_dtype: torch.dtype, conv_dtype: t
     projections = [w.in_proj, w.x_proj, w.out_proj]
     small = [w.norm, w.conv_weight, w.conv_bias, *w.inner_norms]
     exact = [w.dt_bias, w.A_log, w.D]
-    if not _runs(projections, small, exact) or not w.dt_proj.weight.is_contiguous():
+    if not readable(projections, small, exact) or not w.dt_proj.weight.is_contiguous():
         return None
     rank = w.dt_proj.weight.shape[1]
-    if rows > FEW_ROWS or not _few(rows, *projections) or w.dt_proj.weight.data_ptr() % 16:
+    if rows > FEW_ROWS or not few_rows(rows, *projections) or w.dt_proj.weight.data_ptr() % 16:
         return many.mamba1(w, rows, hidden_dtype, conv_dtype)
     device, (channels, states) = w.norm.device, w.A_log.shape
     new = _scratch(device)
     conv = Convolved(0, w.conv_weight, w.conv_bias, conv_dtype)
-    into = Product(w.in_proj, rows, hidden_dtype, before=Normed(w.norm, w.norm_epsilon), after=conv)
+    into = product(w.in_proj, rows, hidden_dtype, before=Normed(w.norm, w.norm_epsilon), after=conv)
     select = Product(w.x_proj, rows, hidden_dtype)
     update = Update(w, rows, torch.float32, channels, 1, states, rank=rank)
-    out = Product(w.out_proj, rows, hidden_dtype, add=True)
+    out = product(w.out_proj, rows, hidden_dtype, add=True)
     projected, selected, y = new(rows, 2 * channels), new(rows, _padded(rank + 2 * states)), new(rows, channels)
     B, C = selected[:, rank:], selected[:, rank + states :]
 
@@ -78,17 +79,17 @@ def mamba1(w: Mamba1Weights, rows: int, hidden_dtype: torch.dtype, conv_dtype: t
 def mamba2(w: Mamba2Weights, rows: int, hidden_dtype: torch.dtype, conv_dtype: torch.dtype) -> MixerCall | None:
     """The prepared step, see `statespan.ops.decode_step.prepare`."""
     small = [w.norm, w.conv_weight, w.conv_bias, w.gate_norm]
-    if not _runs([w.in_proj, w.out_proj], small, [w.dt_bias, w.A_log, w.D]):
+    if not readable([w.in_proj, w.out_proj], small, [w.dt_bias, w.A_log, w.D]):
         return None
-    if not _few(rows, w.in_proj, w.out_proj):
+    if not few_rows(rows, w.in_proj, w.out_proj):
         return many.mamba2(w, rows, hidden_dtype, conv_dtype)
     inner = w.out_proj.weight.shape[1]
     update = mamba2_update(w, rows, torch.float32)
     new = _scratch(w.norm.device)
     conv = Convolved(inner, w.conv_weight, w.conv_bias, conv_dtype)
-    into = Product(w.in_proj, rows, hidden_dtype, before=Normed(w.norm, w.norm_epsilon), after=conv)
+    into = product(w.in_proj, rows, hidden_dtype, before=Normed(w.norm, w.norm_epsilon), after=conv)
     gate = Gated(w.gate_norm, w.gate_norm_epsilon, w.gate_norm_size, w.norm_before_gate)
-    out = Product(w.out_proj, rows, hidden_dtype, before=gate, add=True)
+    out = product(w.out_proj, rows, hidden_dtype, before=gate, add=True)
     projected, y = new(rows, _padded(w.in_proj.weight.shape[0])), new(rows, inner)
 
     def step(hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,10 +103,10 @@ def mamba2(w: Mamba2Weights, rows: int, hidden_dtype: torch.dtype, conv_dtype: t
 
 def feed_forward(w: FeedForwardWeights, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
     """The prepared step, see `statespan.ops.decode_step.prepare`."""
-    few = _runs([w.up_proj, w.down_proj], [w.norm], []) and rows <= FEW_ROWS
+    few = readable([w.up_proj, w.down_proj], [w.norm], []) and rows <= FEW_ROWS
     top_k = 0 if w.router is None else w.router.top_k
     few = few and _read_again(w, rows) <= MOST_READ_AGAIN
-    if few and _few(rows, w.up_proj) and _few(top_k or rows, w.down_proj):
+    if few and few_rows(rows, w.up_proj) and few_rows(top_k or rows, w.down_proj):
         return _experts(w, rows, hidden_dtype) if top_k else _dense(w, rows, hidden_dtype)
     return None if top_k else many.feed_forward(w, rows, hidden_dtype)
 
@@ -120,8 +121,8 @@ def _read_again(w: FeedForwardWeights, rows: int) -> float:
 
 
 def _dense(w: FeedForwardWeights, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    up = Product(w.up_proj, rows, hidden_dtype, before=Normed(w.norm, w.norm_epsilon), after=w.activation)
-    down = Product(w.down_proj, rows, hidden_dtype, add=True)
+    up = product(w.up_proj, rows, hidden_dtype, before=Normed(w.norm, w.norm_epsilon), after=w.activation)
+    down = product(w.down_proj, rows, hidden_dtype, add=True)
     inner = _scratch(w.norm.device)(rows, w.down_proj.weight.shape[1])
 
     def step(hidden: Tensor) -> Tensor:
@@ -169,16 +170,16 @@ def _experts(w: FeedForwardWeights, rows: int, hidden_dtype: torch.dtype) -> Cal
 
 def head(w: HeadWeights, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
     """The prepared step, see `statespan.ops.decode_step.prepare`."""
-    if not _runs([w.projection], [w.norm], []):
+    if not readable([w.projection], [w.norm], []):
         return None
-    if not _few(rows, w.projection):
+    if not few_rows(rows, w.projection):
         return many.head(w, rows, hidden_dtype)
     before = Normed(w.norm, w.norm_epsilon)
-    product = Product(w.projection, rows, hidden_dtype, before=before, outputs=w.outputs)
+    logits_of = product(w.projection, rows, hidden_dtype, before=before, outputs=w.outputs)
 
     def step(hidden: Tensor) -> Tensor:
         logits = torch.empty(rows, w.outputs, dtype=torch.float32, device=hidden.device)
-        product(hidden, logits)
+        logits_of(hidden, logits)
         return logits
 
     return step

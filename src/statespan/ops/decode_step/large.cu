@@ -44,12 +44,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) large(
 
     if (warp == 4 * GROUPS) {
         if (lane > 0) return;
+        u64 once;  // a cache policy: weights are not to push out of L2 what kernels tell each other
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
         auto bring_weights = [&](int step) {
             const int slot = step % STAGES;
             arrive_with(memory.full + slot, STAGE);
-            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
                          ::"r"(shared_place(memory.stages[slot])), "l"(map), "r"((begin + step) * PART), "r"(first),
-                         "r"(shared_place(memory.full + slot)) : "memory");
+                         "r"(shared_place(memory.full + slot)), "l"(once) : "memory");
         };
         auto bring_x = [&](int step) {
             const int slot = step % STAGES;

@@ -15,7 +15,7 @@ PART = 64  # inputs of a stage, and of a tile of x
 TILES = (16, 32, 40, 64, 80)  # outputs of a block, for which large.cu has products
 SPLITS = (1, 2, 3, 4, 6, 8)  # parts of the inputs
 SPARE_BYTES = 4 << 10  # of shared memory, for barriers, taps and alignment
-OWN_BYTES = 1 << 10  # that the driver keeps of every block
+NEXT_BYTES = 64 << 10  # of shared memory, left for a block of the kernel before or after
 
 
 def tile_rows(rows: int) -> int:
@@ -51,8 +51,7 @@ class Large:
         device, of_tile = weight.device, tile_rows(rows)
         tile, self.split = division(self._outputs, inputs, rows, device, split=conv is None)
         stage = 2 * PART * (tile + of_tile)
-        # Two blocks fit into a multiprocessor, so that the next kernel's can begin.
-        room = (shared_memory(device) + OWN_BYTES) // 2 - OWN_BYTES - SPARE_BYTES
+        room = shared_memory(device) - NEXT_BYTES - SPARE_BYTES
         stages = min(room // stage, ceil(inputs / PART / self.split))
         macros: dict[str, str | int] = {
             **{"W": TYPES[weight.dtype], "INPUTS": inputs, "TILE": tile, "ROWS": of_tile, "BATCH": rows},

@@ -16,7 +16,8 @@ SHARED_BYTES = 8 * (2 + CHOOSE_THREADS // 32)
 
 def choose_best(logits: Tensor, ids: Tensor, best: Tensor) -> None:
     """Each row's largest logit [b v] to `best` [b], and its token to `ids` [b] int64; NaN is larger than all."""
-    if logits.is_cuda and logits.dtype == torch.float32 and logits.stride(1) == 1 and _compiled(logits.device):
+    plain = logits.stride(1) == 1 and ids.is_contiguous() and best.is_contiguous()
+    if logits.is_cuda and logits.dtype == torch.float32 and plain and _compiled(logits.device):
         chooser(logits.device, len(logits))(logits, logits.stride(0), logits.shape[1], ids, best)
     else:
         torch.max(logits, dim=-1, out=(best, ids))
@@ -40,7 +41,7 @@ def kernel_embedder(table: Tensor, rows: int, hidden_dtype: torch.dtype) -> Call
 
     def embed(ids: Tensor) -> Tensor:
         hidden = torch.empty(rows, hidden_size, dtype=hidden_dtype, device=table.device)
-        launch(ids, table, hidden)
+        launch(ids.contiguous(), table, hidden)
         return hidden
 
     return embed

@@ -1,6 +1,7 @@
 """The small kernels of a decoding step: norm, conv and the recurrences, with everything but addresses fixed."""
 
 from collections.abc import Callable
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from statespan.ops.decode_step.large import tile_rows
 from statespan.ops.decode_step.launch import Launch
 from statespan.ops.decode_step.project import TYPES, Convolved, Normed
 from statespan.ops.decode_step.weights import Mamba1Weights, Mamba2Weights, Projection
-from statespan.ops.gpu import multiprocessors
+from statespan.ops.gpu import multiprocessors, shared_memory
 
 UPDATE_WARPS = 4
 RECUR_ROWS, RECUR_CHANNELS, RECUR_STATES, RECUR_RANK = 8, 64, 16, 512  # of a block; the last is the largest
+RECUR_BLOCKS = 3  # that a multiprocessor holds
 
 
 class Update:
@@ -125,15 +127,21 @@ class Recur:
         channels, rank = w.dt_proj.weight.shape
         parts = -(-rank // 32)
         pitch = parts * 64 + (0 if parts % 2 else 64)
+        fixed = 4 * RECUR_ROWS * (2 * RECUR_STATES + 3 * RECUR_CHANNELS) + RECUR_ROWS * pitch  # of a group of rows
+        states = 4 * RECUR_ROWS * RECUR_CHANNELS * RECUR_STATES
+        shared = [RECUR_CHANNELS * pitch + fixed * groups + states * (groups - 1) for groups in (1, 2)]
+        few, many = (channels // RECUR_CHANNELS * ceil(rows / size) for size in (2 * RECUR_ROWS, RECUR_ROWS))
+        at_once = RECUR_BLOCKS * multiprocessors(w.norm.device)
+        fits = RECUR_BLOCKS * shared[1] <= shared_memory(w.norm.device)
+        groups = 2 if fits and few <= at_once < many else 1
         macros: dict[str, str | int] = {
             **{"W": TYPES[w.dt_proj.weight.dtype], "P": TYPES[w.norm.dtype], "RANK": rank, "BATCH": rows},
             **{"NORMS": int(bool(w.inner_norms)), "EPSILON": f"{w.inner_norm_epsilon:.9e}f"},
-            **{"DISCRETIZATION": DISCRETIZATIONS[w.discretization], "AHEAD": 3 * multiprocessors(w.norm.device)},
-            "TILE_ROWS": tile_rows(rows) if tiled else 0,
+            **{"DISCRETIZATION": DISCRETIZATIONS[w.discretization], "AHEAD": at_once},
+            **{"TILE_ROWS": tile_rows(rows) if tiled else 0, "GROUPS": groups},
         }
-        grid = (channels // RECUR_CHANNELS, -(-rows // RECUR_ROWS))
-        shared = (RECUR_CHANNELS + RECUR_ROWS) * pitch
-        self._launch = Launch("recur", w.norm.device, grid, 4 * RECUR_CHANNELS, macros, shared)
+        grid = (channels // RECUR_CHANNELS, ceil(rows / (RECUR_ROWS * groups)))
+        self._launch = Launch("recur", w.norm.device, grid, 4 * RECUR_CHANNELS, macros, shared[groups - 1])
 
     @staticmethod
     def takes(w: Mamba1Weights) -> bool:
