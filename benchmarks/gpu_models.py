@@ -1,10 +1,11 @@
 """Whole models on one GPU: training steps with their peak memory, and prefill.
 
-    python -m benchmarks.gpu_models [train prefill] [--only mamba-130m mamba-370m] [--profile]
+    python -m benchmarks.gpu_models [train prefill] [--only mamba-130m mamba-370m] [--memory] [--profile]
 
 Random weights and tokens. Training is forward and backward under bfloat16 autocast with float32 parameters, as it comes
-and as a CUDA graph (`run.cuda_graph=true`), both also with less memory (`run.recompute_projections`), and whole steps
-with the fused AdamW. The goals stand beside what mamba-ssm 2.3.2 reached on an H100.
+and as a CUDA graph (`run.cuda_graph=true`), the latter also with more memory (`run.recompute_convolutions=0`) and, with
+--memory, with less (`run.recompute_projections`), and whole steps with the fused AdamW. The goals stand beside what
+mamba-ssm 2.3.2 reached on an H100.
 """
 
 import argparse
@@ -87,19 +88,37 @@ def profile(run: Callable[[], object]) -> None:
         print(f"{row.device_time_total / 1e3:9.2f} ms {row.count:6d} x  {row.key[:110]}")
 
 
-def training_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Again:
+    """Shares of the layers that compute something again in the backward."""
+
+    projections: float = 0.0
+    convolutions: float = 1.0
+
+    def __str__(self) -> str:
+        if self == Again():
+            return "forward + backward"
+        name = "projections" if self.projections else "convolutions"
+        return f"forward + backward, recompute_{name}={getattr(self, name):g}"
+
+
+def training_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
     """Tokens a second and peak memory: forward + backward, the same as a CUDA graph, and whole steps of AdamW.
 
     The peak is that of forward + backward as they come, with new gradients.
     """
+    repetitions, again = options.repetitions, Again()
     model = statespan.build(case.preset, seed=0, device="cuda", draw_on_device=True)
     ids = torch.randint(0, 50_000, (case.batch, case.length), device="cuda")
-    task, again = f"{case.name}, training", 0.0  # the share of in_proj that runs again in the backward
+    task = f"{case.name}, training"
     goal = f"goal {case.goal:,.0f}, mamba-ssm {case.peer:,.0f}"
     peer = f"mamba-ssm {case.peer_gib or 'unknown'}"
 
     def forward_backward(ids: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16), recomputing(model.layers, False, again):
+        with (
+            torch.autocast("cuda", torch.bfloat16),
+            recomputing(model.layers, False, again.projections, again.convolutions),
+        ):
             loss = model(ids, labels=ids).loss
         assert loss is not None
         loss.backward()
@@ -125,19 +144,18 @@ def training_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[
         return *seconds_of(replay, repetitions), replay
 
     seconds, spread = seconds_of(bare, repetitions)
-    yield Row(task, "forward + backward", ids.numel() / seconds, "tok/s", spread, goal)
-    yield Row(task, "forward + backward", peak_after(bare), "GiB", 0, peer)
-    if with_profile:
+    yield Row(task, str(again), ids.numel() / seconds, "tok/s", spread, goal)
+    yield Row(task, str(again), peak_after(bare), "GiB", 0, peer)
+    if options.profile:
         profile(bare)
-    for again in (0.25, 1.0) if case.batch > 1 and case.peer_gib else ():
-        system = f"forward + backward, recompute_projections={again:g}"
-        yield Row(task, system, peak_after(bare), "GiB", 0, peer)
+    for again in (Again(convolutions=0), *((Again(0.25), Again(1)) if options.memory else ())):
+        yield Row(task, str(again), peak_after(bare), "GiB", 0, peer)
         seconds, spread = as_graph()[:2]  # the graph and its memory go
-        yield Row(task, f"{system}, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
+        yield Row(task, f"{again}, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
         model.zero_grad()
-    again = 0.0
+    again = Again()
     seconds, spread, replay = as_graph()
-    yield Row(task, "forward + backward, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
+    yield Row(task, f"{again}, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
@@ -150,8 +168,9 @@ def training_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[
     yield Row(task, "AdamW step, CUDA graph", reserved, "GiB reserved", 0)
 
 
-def prefill_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[Row]:
+def prefill_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
     """Tokens a second of one prompt a row: the last token's logits and the state."""
+    repetitions = options.repetitions
     config = preset(case.preset)
     model = built(config.replace(layers=config.layers[: case.layers]))
     ids = torch.randint(0, 50_000, (case.batch, case.length), device="cuda")
@@ -166,7 +185,7 @@ def prefill_rows(case: Case, with_profile: bool, repetitions: int) -> Iterator[R
     yield Row(f"{case.name}, prefill", "statespan bfloat16", ids.numel() / seconds, "tok/s", spread, goal)
     peak = torch.cuda.max_memory_allocated() / GIB
     yield Row(f"{case.name}, prefill", "statespan bfloat16", peak, "GiB", 0)
-    if with_profile:
+    if options.profile:
         profile(run)
     if seconds > 1:  # the host's part is nothing
         return
@@ -184,6 +203,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["train", "prefill"])
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="training that keeps less for the backward, too")
     parser.add_argument("--profile", action="store_true", help="print each case's kernels by time")
     options = parser.parse_args()
     parts = {"train": (TRAINING, training_rows), "prefill": (PREFILL, prefill_rows)}
@@ -191,7 +211,7 @@ def main() -> None:
         cases, rows_of = parts[part]
         for case in cases:
             if any(part in case.name for part in options.only):
-                report(f"gpu_{part}", list(rows_of(case, options.profile, options.repetitions)), PACKAGES)
+                report(f"gpu_{part}", list(rows_of(case, options)), PACKAGES)
                 torch.cuda.empty_cache()
 
 

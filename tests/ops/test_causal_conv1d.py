@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import causal_conv1d, causal_conv1d_update
+from statespan.ops.causal_conv1d import in_block
 
 GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 FAST = ["cpu", *GPU]
@@ -375,3 +376,31 @@ def test_bad_input_of_the_step():
         causal_conv1d_update(state, x, weight, bias)
     with pytest.raises(UnknownName):
         causal_conv1d_update(state, x[:, 0], weight, bias, activation="relu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "inner", "taps"),
+    [(2, 70, 320, 96, 4), (1, 1, 64, 16, 4), (3, 333, 128, 160, 3), (1, 2, 192, 48, 2), (2, 9, 24, 5, 4)],
+)
+def test_gradients_behind_a_product(batch, length, channels, inner, taps, final, backend):
+    """What a block adds through x_proj: in bfloat16 one kernel on a GPU, unless there is a final state's gradient."""
+    low = torch.bfloat16
+    weight, bias = torch.randn(channels, taps), torch.randn(channels) if taps > 2 else None
+    x = torch.randn(batch, length, 2 * channels).to(low)[..., :channels]
+    grad_y, matrix = torch.randn(batch, length, channels).to(low), (torch.randn(inner, channels) / inner**0.5).to(low)
+    through = torch.randn(batch, length, inner).to(low)
+    grad_state = torch.randn(batch, taps - 1, channels).to(low) if final else None
+    inputs = [value.double().requires_grad_() for value in (x, weight, bias) if value is not None]
+    outputs = truth(*inputs, *[None] * (5 - len(inputs)))
+    upstream = (grad_y.double() + through.double() @ matrix.double(), grad_state)
+    exact = torch.autograd.grad(outputs[: 1 + final], inputs, upstream[: 1 + final])
+
+    into = torch.full((batch, length, 2 * channels), torch.nan, dtype=low)
+    found = in_block.backward(
+        grad_y.clone(), through, matrix, grad_state, x, weight, bias, None, None, into[..., :channels]
+    )
+    assert into[..., channels:].isnan().all()
+    for value, wanted in zip((into[..., :channels], *found), exact, strict=False):
+        assert error(value, wanted) < LIMIT[low], value.shape

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statespan.errors import UserError
 from statespan.ops import causal_conv1d, mamba1_block, rms_norm, selective_scan
+from statespan.ops.mamba1_block import inner
 
 BATCH, SIZE, CHANNELS, STATES, RANK, TAPS = 2, 16, 24, 8, 3, 4
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -93,7 +94,11 @@ def in_parts(
 
 
 def at_once(
-    segments: Tensor | None, discretization: str, keep_projected: bool = True, **t: Tensor
+    segments: Tensor | None,
+    discretization: str,
+    keep_projected: bool = True,
+    keep_convolved: bool = False,
+    **t: Tensor,
 ) -> tuple[Tensor, ...]:
     norms = (t["dt_norm"], t["B_norm"], t["C_norm"]) if "dt_norm" in t else None
     names = "hidden update norm in_proj in_bias conv_weight conv_bias x_proj dt_proj dt_bias A_log D out_proj out_bias"
@@ -106,6 +111,7 @@ def at_once(
         segments=segments,
         discretization=discretization,
         keep_projected=keep_projected,
+        keep_convolved=keep_convolved,
     )
 
 
@@ -151,16 +157,47 @@ def test_kernels_are_as_close_to_float64_as_the_parts(
         assert error <= 3e-5 if dtype == torch.float32 else error <= 1.5 * usual + 1e-3
 
 
-def test_in_proj_runs_again_where_its_output_is_not_kept(values_and_gradients: Callable[..., Any]) -> None:
-    inputs = problem(9, states=True, norms=True)
-    expected = values_and_gradients(at_once, inputs, None, "mamba")
-    actual = values_and_gradients(partial(at_once, keep_projected=False), inputs, None, "mamba")
+@pytest.mark.parametrize("low", [False, True])
+def test_in_proj_runs_again_where_its_output_is_not_kept(values_and_gradients: Callable[..., Any], low: bool) -> None:
+    inputs = problem(9, states=True, norms=True, dtype=torch.float32 if low else torch.float64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        expected = values_and_gradients(at_once, inputs, None, "mamba")
+        actual = values_and_gradients(partial(at_once, keep_projected=False), inputs, None, "mamba")
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     leaves = {name: value.requires_grad_() for name, value in inputs.items()}
     kept = list[int]()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
         at_once(None, "mamba", keep_projected=False, **leaves)
     assert BATCH * 9 * inputs["in_proj"].shape[0] not in kept
+
+
+def test_the_conv_runs_once_where_its_output_is_kept(
+    values_and_gradients: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = problem(9, states=True, norms=True)
+    expected = values_and_gradients(at_once, inputs, None, "mamba")
+    calls, conv = [], inner.Inner.conv
+    monkeypatch.setattr(inner.Inner, "conv", lambda self: calls.append(1) or conv(self))
+    actual = values_and_gradients(partial(at_once, keep_convolved=True), inputs, None, "mamba")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert len(calls) == 1
+
+
+def test_bfloat16_keeps_the_norm_by_its_output() -> None:
+    """Neither the residual stream nor the embedding's output stays for the backward, and a weight of 0 learns."""
+    inputs = problem(9, states=False, dtype=torch.float32)
+    inputs["norm"][2] = 0
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    kept = list[tuple[torch.dtype, tuple[int, ...]]]()
+    hooks = (lambda x: kept.append((x.dtype, tuple(x.shape))) or x, lambda x: x)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks), torch.autocast("cpu", torch.bfloat16):
+        output = at_once(None, "mamba", **leaves)[1]
+    assert (torch.bfloat16, (BATCH, 9, SIZE)) in kept and (torch.float32, (BATCH, 9, SIZE)) not in kept
+    upstream = torch.randn(output.shape)
+    (found,) = torch.autograd.grad(output, [leaves["norm"]], upstream.to(output.dtype))
+    wide = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+    (wanted,) = torch.autograd.grad(in_parts(None, "mamba", **wide)[1], [wide["norm"]], upstream.double())
+    assert wanted[2].abs() > 0.1 and (found[2] - wanted[2]).abs() < 0.05 * wanted.abs().max()
 
 
 def test_under_activation_checkpointing() -> None:

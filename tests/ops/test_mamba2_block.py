@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from statespan.errors import UserError
 from statespan.ops import causal_conv1d, gated_rms_norm, mamba2_block, rms_norm, ssd
+from statespan.ops.mamba2_block import inner
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BATCH, HEADS, HEAD_DIM, STATES, GROUPS, TAPS = 2, 4, 8, 16, 2, 4
@@ -93,7 +94,9 @@ def in_parts(segments: Tensor | None, before: bool, backend: str = "reference", 
     return total, F.linear(y, t["out_proj"], t.get("out_bias")), conv, state
 
 
-def at_once(segments: Tensor | None, before: bool, keep_projected: bool = True, **t: Tensor) -> tuple[Tensor, ...]:
+def at_once(
+    segments: Tensor | None, before: bool, keep_projected: bool = True, keep_convolved: bool = False, **t: Tensor
+) -> tuple[Tensor, ...]:
     names = NAMES.split()[:-2]
     return mamba2_block(
         *(t.get(name) for name in names),  # type: ignore[arg-type]  # only those that may be None are
@@ -103,6 +106,7 @@ def at_once(segments: Tensor | None, before: bool, keep_projected: bool = True, 
         initial_state=t.get("initial_state"),
         segments=segments,
         keep_projected=keep_projected,
+        keep_convolved=keep_convolved,
         **OPTIONS,
     )
 
@@ -159,6 +163,18 @@ def test_in_proj_runs_again_where_its_output_is_not_kept(values_and_gradients: C
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
         at_once(None, False, keep_projected=False, **leaves)
     assert BATCH * 9 * inputs["in_proj"].shape[0] not in kept
+
+
+def test_the_conv_runs_once_where_its_output_is_kept(
+    values_and_gradients: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = problem(9, states=True, norm=True)
+    expected = values_and_gradients(at_once, inputs, None, False)
+    calls, conv = [], inner.Inner.conv
+    monkeypatch.setattr(inner.Inner, "conv", lambda self, xBC: calls.append(1) or conv(self, xBC))
+    actual = values_and_gradients(partial(at_once, keep_convolved=True), inputs, None, False)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert len(calls) == 1
 
 
 def test_opcheck_and_compile() -> None:

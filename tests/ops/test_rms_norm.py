@@ -7,6 +7,7 @@ import torch
 
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import gated_rms_norm, rms_norm
+from statespan.ops.rms_norm import in_block
 
 GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 FAST = ["cpu", *GPU]
@@ -255,3 +256,35 @@ def test_bad_input():
     with pytest.raises(UnknownName, match="did you mean 'cpu'"):
         rms_norm(x, weight, eps=EPS, backend="cpus")
     assert math.isfinite(rms_norm(x, weight, eps=0.0).sum().item())
+
+
+@pytest.mark.parametrize("backend", ["torch", *GPU])
+@pytest.mark.parametrize("update_dtype", [None, torch.bfloat16, torch.float32])
+def test_gradients_from_the_output_alone(backend, update_dtype):
+    """As a block keeps it: x / rms(x) comes back from y / weight, for tiny weights and for 0, too."""
+    device = "cuda" if backend == "triton" else "cpu"
+    hidden, weight = torch.randn(3, 70, 96, device=device), torch.randn(96, device=device)
+    weight[3], weight[5], weight[7] = 0, 1e-20, -1e-6
+    update = None if update_dtype is None else torch.randn(hidden.shape, device=device).to(update_dtype)
+    normed = in_block.forward(hidden, update, weight, EPS, torch.bfloat16, True)
+    x = hidden if update is None else hidden + update
+    assert error(normed.y, truth(x, weight)) < 2**-8
+    assert error(normed.inverses, (x.double().square().mean(-1) + EPS).rsqrt()) < 2e-6
+
+    grad_y, grad_total = (torch.randn(x.shape, device=device) for _ in range(2))
+    found = in_block.backward(
+        grad_y.bfloat16(), grad_total, normed.y, normed.inverses, weight, EPS, torch.float32, update_dtype
+    )
+    wide = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    of_x, of_weight = torch.autograd.grad(truth(*wide), wide, grad_y.bfloat16().double())
+    grad, grad_update, y, grad_weight = found
+    # x / rms comes back with the rounding of y, at most 2^-9 of it, and so do the terms that it is in.
+    normal = x.double() * (x.double().square().mean(-1, keepdim=True) + EPS).rsqrt()
+    terms = (grad_y.bfloat16().double() * normal).abs()
+    along = (terms * weight.double().abs()).mean(-1, keepdim=True)
+    limit = 2 * 2**-9 * normal.abs() * along * normed.inverses.double().unsqueeze(-1)
+    assert ((grad - of_x - grad_total).abs() <= limit + 1e-5).all() and grad.dtype == torch.float32
+    assert ((grad_weight - of_weight).abs() <= 2**-9 * terms.sum((0, 1)) + 1e-5).all()
+    assert (grad_update is None) is (update_dtype is None) and y is normed.y
+    if grad_update is not None:
+        assert torch.equal(grad_update, grad.to(update_dtype))

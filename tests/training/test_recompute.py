@@ -58,7 +58,9 @@ def test_leaves_no_trace(hybrid: ModelConfig):
     with recomputing(model.layers, False, projections=0.5):
         kept = [block.mixer.keep_projected for block in model.layers]
     assert kept == sorted(kept) and sum(kept) == len(kept) - round(len(kept) / 2)
-    assert all(block.mixer.keep_projected for block in model.layers)
+    with recomputing(model.layers, False, convolutions=0.5):
+        assert [block.mixer.keep_convolved for block in model.layers] == kept
+    assert all(block.mixer.keep_projected and not block.mixer.keep_convolved for block in model.layers)
     copy.deepcopy(model)
     with pytest.raises(ZeroDivisionError), recomputing(model.layers):
         _ = 1 / 0

@@ -67,6 +67,7 @@ class Mamba1(SelectiveMixer):
             segments=segments,
             discretization=self.config.discretization,
             keep_projected=self.keep_projected,
+            keep_convolved=self.keep_convolved,
         )
         return hidden, output, None if state is None else SSMState(conv, ssm)
 

@@ -67,6 +67,7 @@ class Mamba2(SelectiveMixer):
             chunk_size=self.config.chunk_size,
             discretization=self.config.discretization,
             keep_projected=self.keep_projected,
+            keep_convolved=self.keep_convolved,
         )
         return hidden, output, None if state is None else SSMState(conv, ssm)
 

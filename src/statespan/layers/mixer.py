@@ -20,7 +20,8 @@ class Mixer(KeepFloat32):
     number is padding.
     """
 
-    keep_projected = True  # where norm, projections and mixer run as one op: for the backward, or computed again in it
+    # Where norm, projections and mixer run as one op: for the backward, or computed again in it.
+    keep_projected, keep_convolved = True, False
 
     @abstractmethod
     def forward(self, hidden: Tensor, state: Any = None, segments: Tensor | None = None) -> tuple[Tensor, State | None]:

@@ -1,8 +1,8 @@
 """A mixer's half of a block as one differentiable op: norm and in_proj, what the mixer does between, and out_proj.
 
-Of what passes here the residual stream and in_proj's output are kept for the backward (or the stream alone, for one
-more product); the norm's output and what out_proj reads are computed again, in passes that are made anyway. Gradients
-of weights are sums in the weights' dtype.
+Of what passes here the norm's output (unless products are bfloat16 its input, the residual stream) and in_proj's are
+kept for the backward, or the former alone, for one more product; what out_proj reads is computed again, in a pass that
+is made anyway. Gradients of weights are sums in the weights' dtype.
 """
 
 from collections.abc import Callable
@@ -14,38 +14,54 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statespan.ops.custom_op import define
-from statespan.ops.rms_norm import _add_forward, _forward, backward_in_block
+from statespan.ops.dispatch import BACKENDS
+from statespan.ops.rms_norm import in_block as block_norm
+
+
+def in_dtype(dtype: torch.dtype, weights: list[Tensor]) -> list[Tensor]:
+    """The weights in `dtype`, on a GPU cast by one launch."""
+    others = [weight for weight in weights if weight.dtype != dtype]
+    device = weights[0].device
+    together = device.type == "cuda" and all(weight.is_contiguous() for weight in others)
+    if others and together and BACKENDS["triton"].why_not(device, (dtype,)) is None:
+        from statespan.ops.triton_kernels.weights import cast  # imports Triton, so imported when it runs
+
+        found = iter(cast(dtype, others))
+        return [weight if weight.dtype == dtype else next(found) for weight in weights]
+    return [weight.to(dtype) for weight in weights]
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Norm and projections; products are made in `dtype`."""
+    """Norm and projections; products are made in `dtype`, which in_low and out_low have."""
 
     norm: Tensor
     in_proj: Tensor
     in_bias: Tensor | None
     out_proj: Tensor
     out_bias: Tensor | None
+    in_low: Tensor
+    out_low: Tensor
     epsilon: float
     dtype: torch.dtype
 
-    def enter(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-        """in_proj(norm(hidden + update)) [b t i], and that sum [b t h]; without an update an empty tensor."""
-        if update is None:
-            return self.project(hidden), hidden.new_empty(0)
-        normed, total = _add_forward(update, hidden, self.norm, self.epsilon, self.dtype, "auto")
-        return self._project(normed), total
+    def enter(self, hidden: Tensor, update: Tensor | None, keep: bool) -> tuple[Tensor, block_norm.Normed]:
+        """in_proj(norm(hidden + update)) [b t i], and what the norm gives."""
+        normed = block_norm.forward(hidden, update, self.norm, self.epsilon, self.dtype, keep)
+        return self._project(normed.y), normed
 
-    def project(self, total: Tensor) -> Tensor:
-        """in_proj(norm(total)) [b t i]."""
-        return self._project(_forward(total, self.norm, self.epsilon, self.dtype, "auto"))
+    def project(self, stream: Tensor, inverses: Tensor | None) -> Tensor:
+        """in_proj's output again, from what is kept of the norm."""
+        if inverses is not None:
+            return self._project(stream)
+        return self.enter(stream, None, False)[0]
 
     def _project(self, normed: Tensor) -> Tensor:
-        return F.linear(normed, self.in_proj.to(self.dtype), self._low(self.in_bias))
+        return F.linear(normed, self.in_low, self._low(self.in_bias))
 
     def leave(self, y: Tensor) -> Tensor:
         """out_proj(y) [b t h]."""
-        return F.linear(y, self.out_proj.to(self.dtype), self._low(self.out_bias))
+        return F.linear(y, self.out_low, self._low(self.out_bias))
 
     def gradients(
         self,
@@ -53,14 +69,15 @@ class Ends:
         grad_out: Tensor,
         grad_projected: Tensor,
         y: Tensor,
-        total: Tensor,
-        update_dtype: torch.dtype | None,
+        stream: Tensor,
+        inverses: Tensor | None,
+        dtypes: tuple[torch.dtype, torch.dtype | None],
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, of update in its dtype (None: it has hidden's), and of the weights in their order."""
+        """Gradients of hidden and of update in `dtypes` (None: one serves both), and of the weights in their order."""
         grad_out_proj = of_weight(grad_out, y, self.out_proj.dtype)
-        grad_normed = grad_projected @ self.in_proj.to(self.dtype)
-        found = backward_in_block(grad_normed, grad_total, total, self.norm, self.epsilon, update_dtype)
-        grad_hidden, grad_update, normed, grad_norm = found
+        grad_normed = grad_projected @ self.in_low
+        kept = (stream, inverses, self.norm, self.epsilon)
+        grad_hidden, grad_update, normed, grad_norm = block_norm.backward(grad_normed, grad_total, *kept, *dtypes)
         grad_in_proj = of_weight(grad_projected, normed, self.in_proj.dtype)
         of_biases = (_of_bias(grad_projected, self.in_bias), _of_bias(grad_out, self.out_bias))
         return grad_hidden, grad_update, grad_norm, grad_in_proj, of_biases[0], grad_out_proj, of_biases[1]
@@ -81,6 +98,11 @@ def _of_bias(grad: Tensor, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else grad.flatten(0, -2).sum(0, dtype=bias.dtype)
 
 
+def _all(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
+    """The outputs, empty tensors in place of None."""
+    return tuple(like.new_empty(0) if output is None else output for output in outputs)
+
+
 class Middle(NamedTuple):
     """What a mixer does between its projections: `inputs` is a dataclass of in_proj's output, tensors and options."""
 
@@ -92,13 +114,16 @@ class Middle(NamedTuple):
     # (inputs, grad_y, grad_conv, grad_state, what was kept) -> y once more, gradients of in_proj's output and tensors
     backward: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
     num_kept: int
+    matrices: tuple[
+        int, ...
+    ] = ()  # places in `tensors` of weights that `inputs` takes last in the dtype of in_proj's output
 
 
 def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]:
     """Register the op `name` and return it.
 
     It takes hidden, update, the tensors of Ends and of `middle`, middle's options, Ends' epsilon and dtype, and what is
-    kept for a backward: 0 nothing, 1 all but in_proj's output, 2 that, too.
+    kept for a backward: 0 nothing, 1 all but in_proj's output and the conv's, 2 the former, too, 3 both.
 
     Its outputs are hidden + update (empty without an update), out_proj's output, the final states, and what is kept.
     """
@@ -106,22 +131,27 @@ def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]
 
     def split(arguments: tuple[Any, ...]) -> tuple[Ends, Callable[[Tensor], Any]]:
         *given, epsilon, dtype = arguments
-        return Ends(*given[:5], epsilon=epsilon, dtype=dtype), lambda projected: middle.inputs(projected, *given[5:])
+        (norm, in_proj, in_bias, out_proj, out_bias), others = given[:5], given[5:]
+        in_low, out_low, *low = in_dtype(dtype, [in_proj, out_proj, *(others[place] for place in middle.matrices)])
+        ends = Ends(norm, in_proj, in_bias, out_proj, out_bias, in_low, out_low, epsilon, dtype)
+        return ends, lambda projected: middle.inputs(projected, *others, *low)
 
     def forward(hidden: Tensor, update: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         (ends, inputs), keep = split(arguments[:-1]), arguments[-1]
         with torch.autocast(hidden.device.type, enabled=False):
-            projected, total = ends.enter(hidden, update)
-            y, *found = middle.forward(inputs(projected), keep > 0)
-            return total, ends.leave(y), *found[:2], projected if keep == 2 else y.new_empty(0), *found[2:]
+            projected, normed = ends.enter(hidden, update, keep > 0)
+            y, *found = middle.forward(inputs(projected), keep)
+            kept = (projected if keep >= 2 else None, None if normed.inverses is None else normed.y, normed.inverses)
+            return _all(y, normed.total, ends.leave(y), *found[:2], *kept, *found[2:])
 
     def fake(hidden: Tensor, update: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         (ends, inputs), keep = split(arguments[:-1]), arguments[-1]
         projected = hidden.new_empty(*hidden.shape[:2], ends.in_proj.shape[0], dtype=ends.dtype)
-        _, *found = middle.fake(inputs(projected), keep > 0)
-        total = hidden.new_empty(0 if update is None else hidden.shape)
-        out = projected.new_empty(hidden.shape)
-        return total, out, *found[:2], projected if keep == 2 else projected.new_empty(0), *found[2:]
+        y, *found = middle.fake(inputs(projected), keep)
+        total, out = None if update is None else hidden.new_empty(hidden.shape), projected.new_empty(hidden.shape)
+        with_output = keep > 0 and block_norm.keeps_output(ends.dtype)
+        normed, inverses = (torch.empty_like(out), block_norm.new_inverses(hidden)) if with_output else (None, None)
+        return _all(y, total, out, *found[:2], projected if keep >= 2 else None, normed, inverses, *found[2:])
 
     def backward(
         grad_total: Tensor | None,
@@ -130,51 +160,54 @@ def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]
         grad_state: Tensor | None,
         *rest: Any,
     ) -> list[Tensor]:
-        projected, *kept = rest[: 1 + middle.num_kept]
-        total, update_dtype, *arguments = rest[1 + middle.num_kept :]
+        stream, inverses, projected, *kept = rest[: 3 + middle.num_kept]
+        stream_dtype, update_dtype, *arguments = rest[3 + middle.num_kept :]
         ends, inputs = split(tuple(arguments))
-        with torch.autocast(total.device.type, enabled=False):
-            projected = projected if projected.numel() else ends.project(total)
-            grad_out = torch.zeros_like(total, dtype=ends.dtype) if grad_out is None else grad_out
-            grad_y = grad_out @ ends.out_proj.to(ends.dtype)
+        with torch.autocast(stream.device.type, enabled=False):
+            projected = projected if projected.numel() else ends.project(stream, inverses)
+            grad_out = torch.zeros_like(stream, dtype=ends.dtype) if grad_out is None else grad_out
+            grad_y = grad_out @ ends.out_low
             y, (grad_projected, *found) = middle.backward(inputs(projected), grad_y, grad_conv, grad_state, *kept)
             assert grad_projected is not None
-            of_ends = ends.gradients(grad_total, grad_out, grad_projected, y, total, update_dtype)
+            dtypes = (stream_dtype, update_dtype)
+            of_ends = ends.gradients(grad_total, grad_out, grad_projected, y, stream, inverses, dtypes)
         return [gradient for gradient in (*of_ends, *found) if gradient is not None]
 
     def fake_backward(*arguments: Any) -> list[Tensor]:
-        total, update_dtype, *rest = arguments[5 + middle.num_kept :]
-        more = [] if update_dtype is None else [total.new_empty(total.shape, dtype=update_dtype)]
+        stream, (stream_dtype, update_dtype, *rest) = arguments[4], arguments[7 + middle.num_kept :]
+        streams = [stream.new_empty(stream.shape, dtype=dtype) for dtype in (stream_dtype, update_dtype) if dtype]
         tensors = [value for value in rest[: num_tensors - 1] if value is not None]
-        return [total.new_empty(total.shape), *more, *(value.new_empty(value.shape) for value in tensors)]
+        return [*streams, *(value.new_empty(value.shape) for value in tensors)]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, update, *arguments = inputs
         ctx.has_update, ctx.options = update is not None, arguments[num_tensors:-1]
-        ctx.update_dtype = None if update is None or update.dtype == hidden.dtype else update.dtype
+        ctx.dtypes = (hidden.dtype, None if update is None or update.dtype == hidden.dtype else update.dtype)
         ctx.mark_non_differentiable(*output[4:], *([] if ctx.has_update else output[:1]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[4:], output[0] if ctx.has_update else hidden, *arguments[:num_tensors])
+        total, projected, normed, inverses = (output[0] if ctx.has_update else hidden, *output[4:7])
+        norm = (normed, inverses) if normed.numel() else (total, None)
+        ctx.save_for_backward(*norm, projected, *output[7:], *arguments[:num_tensors])
 
     def autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: activation checkpointing gives them out once
-        kept, total, tensors = saved[: 1 + middle.num_kept], saved[1 + middle.num_kept], saved[2 + middle.num_kept :]
-        found = iter(backward_op(*gradients[:4], *kept, total, ctx.update_dtype, *tensors, *ctx.options))
+        kept, tensors = saved[: 3 + middle.num_kept], saved[3 + middle.num_kept :]
+        found = iter(backward_op(*gradients[:4], *kept, *ctx.dtypes, *tensors, *ctx.options))
         grad_hidden = next(found)
         grad_update = None
         if ctx.has_update:
-            grad_update = grad_hidden if ctx.update_dtype is None else next(found)
+            grad_update = grad_hidden if ctx.dtypes[1] is None else next(found)
         of_tensors = (None if value is None else next(found) for value in tensors[:-1])  # the last one is segments
         return grad_hidden, grad_update, *of_tensors, *[None] * (2 + len(ctx.options))
 
     tensors = f"Tensor norm, Tensor in_proj, Tensor? in_bias, Tensor out_proj, Tensor? out_bias, {middle.tensors}"
     arguments = f"{tensors}, {middle.options}, float block_epsilon, ScalarType dtype"
-    outputs = ", ".join(["Tensor"] * (5 + middle.num_kept))
+    outputs = ", ".join(["Tensor"] * (7 + middle.num_kept))
     schema = f"{name}(Tensor hidden, Tensor? update, {arguments}, int keep) -> ({outputs})"
-    of_outputs = "Tensor? grad_total, Tensor? grad_out, Tensor? grad_conv, Tensor? grad_state, Tensor projected"
-    kept = "".join(f", Tensor kept_{number}" for number in range(middle.num_kept))
-    schema_backward = (
-        f"{name}_backward({of_outputs}{kept}, Tensor total, ScalarType? update_dtype, {arguments}) -> Tensor[]"
-    )
+    of_outputs = "Tensor? grad_total, Tensor? grad_out, Tensor? grad_conv, Tensor? grad_state"
+    kept = "Tensor stream, Tensor? inverses, Tensor projected"
+    kept += "".join(f", Tensor kept_{number}" for number in range(middle.num_kept))
+    dtypes = "ScalarType stream_dtype, ScalarType? update_dtype"
+    schema_backward = f"{name}_backward({of_outputs}, {kept}, {dtypes}, {arguments}) -> Tensor[]"
     backward_op = define(schema_backward, backward, fake_backward)
     return define(schema, forward, fake, setup_context=setup_context, backward=autograd)

@@ -12,7 +12,9 @@ from statespan.layers.mixer import Mixer
 
 
 @contextmanager
-def recomputing(blocks: Iterable[nn.Module], enabled: bool = True, projections: float = 0.0) -> Generator[None]:
+def recomputing(
+    blocks: Iterable[nn.Module], enabled: bool = True, projections: float = 0.0, convolutions: float = 1.0
+) -> Generator[None]:
     """Inside, a forward of `blocks` keeps no activations but its inputs (arXiv 1604.06174); values do not change.
 
     The model's code and the names of its parameters know nothing of it, and afterwards the blocks are as before.
@@ -20,24 +22,25 @@ def recomputing(blocks: Iterable[nn.Module], enabled: bool = True, projections: 
     Args:
         blocks: of a model.
         enabled: whether each block as a whole runs again in the backward.
-        projections: share of the blocks, the first ones, whose Mamba mixer computes again what in_proj gave, where norm
+        projections: share of the mixers, the first ones; Mamba's compute again what in_proj gave, where norm
             and mixer run as one op.
+        convolutions: the same for what the conv gave, where in_proj's output is kept.
     """
     blocks = list(blocks)
     wrapped = blocks if enabled else []
-    chosen = blocks[: round(projections * len(blocks))]
-    mixers = [mixer for block in chosen if isinstance(mixer := block.mixer, Mixer)]
+    mixers = [mixer for block in blocks if isinstance(mixer := block.mixer, Mixer)]
     for block in wrapped:
         block.forward = partial(_recomputed, block.forward)
-    for mixer in mixers:
-        mixer.keep_projected = False
+    for place, mixer in enumerate(mixers):
+        mixer.keep_projected = place >= round(projections * len(mixers))
+        mixer.keep_convolved = place >= round(convolutions * len(mixers))
     try:
         yield
     finally:
         for block in wrapped:
             del block.forward  # the class's own forward shows again
         for mixer in mixers:
-            del mixer.keep_projected
+            del mixer.keep_projected, mixer.keep_convolved
 
 
 def _recomputed(forward: Callable[..., Any], hidden: Tensor, update: Tensor | None, *others: Any) -> Any:

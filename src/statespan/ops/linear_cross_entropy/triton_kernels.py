@@ -6,6 +6,16 @@
 import triton
 import triton.language as tl
 
+EACH = tl.constexpr(8)  # neighbours that a lane has: a load of 16 bytes, and one rescaling of its sum
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _scaled(logits, place, valid, width):
+    """The logits times log2(e), minus infinity in columns that do not count."""
+    value = tl.load(logits + place, place < width, 0.0).to(tl.float32) * LOG2_E
+    return tl.where(place < valid, value, float("-inf"))
+
 
 @triton.jit
 def losses_and_gradients(
@@ -19,22 +29,21 @@ def losses_and_gradients(
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     label = tl.load(labels + row)
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK // EACH)[:, None] * EACH + tl.arange(0, EACH)[None]
     # Every lane has its own running maximum and sum, so that the loop has no barrier.
-    highest = tl.full([BLOCK], -1e38, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    picked = tl.zeros([BLOCK], tl.float32)
+    highest = tl.full([BLOCK // EACH], -1e38, tl.float32)
+    total = tl.zeros([BLOCK // EACH], tl.float32)
+    picked = tl.zeros([BLOCK // EACH], tl.float32)
     for start in range(0, width, BLOCK):
-        place = start + column
-        value = tl.load(logits + place, place < width, 0.0).to(tl.float32)
-        value = tl.where(place < valid, value, float("-inf"))
-        higher = tl.maximum(highest, value)
-        total = total * tl.exp(highest - higher) + tl.exp(value - higher)
+        value = _scaled(logits, start + column, valid, width)
+        higher = tl.maximum(highest, tl.max(value, 1))
+        total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(value - higher[:, None]), 1)
         highest = higher
-        picked += tl.where(place == label, value, 0.0)
+        picked += tl.sum(tl.where(start + column == label, value, 0.0), 1)
     most = tl.max(highest, 0)
-    total = tl.sum(total * tl.exp(highest - most), 0)
-    loss = tl.where(label >= valid, float("nan"), most + tl.log(total) - tl.sum(picked, 0))
+    total = tl.sum(total * tl.exp2(highest - most), 0)
+    loss = (most + tl.log2(total) - tl.sum(picked, 0)) / LOG2_E
+    loss = tl.where(label >= valid, float("nan"), loss)
     tl.store(losses + row, tl.where(label < 0, 0.0, loss))
     if GRADIENTS:
         scale = 1.0
@@ -43,8 +52,7 @@ def losses_and_gradients(
         factor = scale / total
         for start in range(0, width, BLOCK):
             place = start + column
-            value = tl.load(logits + place, place < width, 0.0).to(tl.float32)
-            value = tl.where(place < valid, value, float("-inf"))
-            grad = tl.exp(value - most) * factor - tl.where(place == label, scale, 0.0)
+            grad = tl.exp2(_scaled(logits, place, valid, width) - most) * factor
+            grad -= tl.where(place == label, scale, 0.0)
             grad = tl.where(label < 0, 0.0, grad)
             tl.store(logits + place, grad.to(logits.dtype.element_ty), place < width)

@@ -33,6 +33,7 @@ def mamba1_block(
     segments: Tensor | None = None,
     discretization: str = "mamba",
     keep_projected: bool = True,
+    keep_convolved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h = hidden + update; [x|z] = in_proj norm(h); u = silu(conv x); out_proj(scan(u, ..) silu(z)).
 
@@ -53,6 +54,7 @@ def mamba1_block(
         segments: [b t], as there.
         discretization: as in `selective_scan`.
         keep_projected: whether [x|z] is kept for the backward, or computed again.
+        keep_convolved: the same for the conv's output, where the former is kept.
 
     Returns:
         h [b t h] in hidden.dtype, out_proj's output [b t h], the conv's final state [b k-1 d], and the scan's [b d n]
@@ -76,11 +78,13 @@ def mamba1_block(
     check_shape(op, "out_proj", out_proj, "[h d]", (size, channels))
     for weight, length in zip(inner_norms or (), (rank, states, states), strict=False):
         check_shape(op, "an inner norm", weight, "[r] or [n]", (length,))
+    dtype = product_dtype(in_proj)
+    initial_conv = None if initial_conv is None else initial_conv.to(dtype)
     ends = (norm, in_proj, in_bias, out_proj, out_bias)
     middle = (conv_weight, conv_bias, x_proj, *(inner_norms or (None, None, None)), dt_proj, dt_bias, A_log, D)
     tensors = (hidden, update, *ends, *middle, initial_conv, initial_state)
-    keep = (1 + keep_projected) * needs_gradients(*tensors)
-    options = (epsilon, discretization, epsilon, product_dtype(in_proj), keep)
+    keep = (1 + keep_projected * (1 + keep_convolved)) * needs_gradients(*tensors)
+    options = (epsilon, discretization, epsilon, dtype, keep)
     total, out, conv, state, *_ = _mamba1_block(*tensors, segments, *options)
     return hidden if update is None else total, out, conv, state
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statespan.ops.causal_conv1d import _backward as conv_backward
 from statespan.ops.causal_conv1d import _forward as conv_forward
+from statespan.ops.causal_conv1d.in_block import backward as conv_backward
 from statespan.ops.mixer_block import Middle, of_weight
 from statespan.ops.rms_norm import _backward as norm_backward
 from statespan.ops.rms_norm import _forward as norm_forward
@@ -37,10 +37,8 @@ class Inner:
     segments: Tensor | None
     epsilon: float
     discretization: str
-
-    def low(self, weight: Tensor) -> Tensor:
-        """The weight in the dtype of the products."""
-        return weight.to(self.xz.dtype)
+    x_low: Tensor  # x_proj and dt_proj in the dtype of the products
+    dt_low: Tensor
 
     def conv(self) -> tuple[Tensor, Tensor]:
         """u [b t d], and the conv's final state."""
@@ -67,30 +65,36 @@ class Inner:
         assert weight is not None  # there are three of them, or none
         return norm_forward(part, weight, self.epsilon, self.xz.dtype, "auto")
 
-    def scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> list[Any]:
+    def scan(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[Any]:
         """The scan's arguments up to the discretization; dt after dt_proj."""
-        A, z = self.A_log.exp().neg_(), self.xz[..., self.A_log.shape[0] :]
+        z = self.xz[..., self.A_log.shape[0] :]
         tensors = (u, dt, A, B.unsqueeze(2), C.unsqueeze(2), self.D, z, self.dt_bias)
         return [*tensors, self.initial_state, self.segments, True, self.discretization]
 
 
-def forward(inner: Inner, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [b t d], the final states, and with `keep` what the backward wants: x_proj's output and the scan's states."""
+def forward(inner: Inner, keep: int) -> tuple[Tensor, ...]:
+    """y [b t d], the final states, and what is kept: u, x_proj's output, A and the scan's states."""
     u, final_conv = inner.conv()
-    selected = F.linear(u, inner.low(inner.x_proj))
+    selected = F.linear(u, inner.x_low)
     dt, B, C = inner.normed(selected)
-    scan_arguments: list[Any] = [*inner.scan(u, F.linear(dt, inner.low(inner.dt_proj)), B, C), keep, "auto"]
+    A = inner.A_log.exp().neg_()
+    scan_arguments: list[Any] = [*inner.scan(u, F.linear(dt, inner.dt_low), A, B, C), keep > 0, "auto"]
     y, final_state, starts = scan_forward(*scan_arguments)
-    return y, final_conv, final_state, selected if keep else y.new_empty(0), starts
+    kept = (selected, A) if keep else (y.new_empty(0), A.new_empty(0))
+    return y, final_conv, final_state, u if keep == 3 else u.new_empty(0), *kept, starts
 
 
-def fake(inner: Inner, keep: bool) -> tuple[Tensor, ...]:
+def fake(inner: Inner, keep: int) -> tuple[Tensor, ...]:
     """What `forward` returns, empty."""
     xz, (channels, states) = inner.xz, inner.A_log.shape
     u, B = xz.new_empty(*xz.shape[:2], channels), xz.new_empty(*xz.shape[:2], 1, states)
-    y, final_state, starts = fake_scan(u, u, inner.A_log, B, B, None, u, None, None, None, True, "mamba", keep, "auto")
+    y, final_state, starts = fake_scan(
+        u, u, inner.A_log, B, B, None, u, None, None, None, True, "mamba", keep > 0, "auto"
+    )
     final_conv = xz.new_empty(xz.shape[0], inner.conv_weight.shape[1] - 1, channels)
-    return y, final_conv, final_state, xz.new_empty((*xz.shape[:2], inner.x_proj.shape[0]) if keep else 0), starts
+    selected = xz.new_empty((*xz.shape[:2], inner.x_proj.shape[0]) if keep else 0)
+    A = inner.A_log.new_empty(inner.A_log.shape if keep else 0)
+    return y, final_conv, final_state, u if keep == 3 else u.new_empty(0), selected, A, starts
 
 
 def backward(
@@ -98,27 +102,26 @@ def backward(
     grad_y: Tensor,
     grad_conv: Tensor | None,
     grad_state: Tensor | None,
+    u: Tensor,
     selected: Tensor,
+    A: Tensor,
     starts: Tensor,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """y [b t d] again, and the gradients of the tensors of `inner` but the segments, in their order."""
-    u, final_conv = inner.conv()
+    u = u if u.numel() else inner.conv()[0]
     dt, B, C = inner.normed(selected)
-    dt_proj = inner.low(inner.dt_proj)
-    scan = inner.scan(u, F.linear(dt, dt_proj), B, C)
+    scan = inner.scan(u, F.linear(dt, inner.dt_low), A, B, C)
     arguments: list[Any] = [grad_y, grad_state, starts, *scan, "auto"]
     grad_xz = torch.empty_like(inner.xz, memory_format=torch.contiguous_format)
     (x, _), (grad_x, grad_z) = inner.xz.chunk(2, dim=-1), grad_xz.chunk(2, dim=-1)
     y = torch.empty_like(u)
     found = scan_backward(*arguments, into_z=grad_z, into_y=y)
     grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, _, grad_bias, *grad_initial = found
-    gradients = (grad_dt @ dt_proj, grad_B.squeeze(2), grad_C.squeeze(2))
+    gradients = (grad_dt @ inner.dt_low, grad_B.squeeze(2), grad_C.squeeze(2))
     grad_selected, grad_norms = _through_norms(inner, selected, *gradients)
-    grad_u = grad_u.flatten(0, 1).addmm_(grad_selected.flatten(0, 1), inner.low(inner.x_proj)).view(u.shape)
-    grad_conv = torch.zeros_like(final_conv) if grad_conv is None else grad_conv
-    conv_inputs = (x, inner.conv_weight, inner.conv_bias, inner.initial_conv)
-    of_conv = conv_backward(grad_u, grad_conv, *conv_inputs, inner.segments, True, "auto", grad_x)
-    _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
+    conv_inputs = (x, inner.conv_weight, inner.conv_bias, inner.initial_conv, inner.segments)
+    of_conv = conv_backward(grad_u, grad_selected, inner.x_low, grad_conv, *conv_inputs, grad_x)
+    grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
     return y, (
         grad_xz,
         grad_conv_weight,
@@ -127,7 +130,7 @@ def backward(
         *grad_norms,
         of_weight(grad_dt, dt, inner.dt_proj.dtype),
         grad_bias,
-        grad_A.mul_(scan[2]),
+        grad_A.mul_(A),
         grad_D,
         None if inner.initial_conv is None else grad_initial_conv,
         *(grad_initial or [None]),
@@ -157,5 +160,6 @@ MIDDLE = Middle(
     forward=forward,
     fake=fake,
     backward=backward,
-    num_kept=2,
+    num_kept=4,
+    matrices=(2, 6),
 )

@@ -39,6 +39,7 @@ def mamba2_block(
     chunk_size: int = 256,
     discretization: str = "mamba",
     keep_projected: bool = True,
+    keep_convolved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h = hidden + update; [z|xBC|dt] = in_proj norm(h); [x|B|C] = silu(conv xBC); out_proj(norm(ssd(x, ..) silu(z))).
 
@@ -59,6 +60,7 @@ def mamba2_block(
         initial_conv, initial_state: [b k-1 c] and [b a p n], as in `causal_conv1d` and `ssd`.
         segments, dt_limit, chunk_size, discretization: as in `ssd`.
         keep_projected: whether in_proj's output is kept for the backward, or computed again.
+        keep_convolved: the same for the conv's output, where the former is kept.
 
     Returns:
         h [b t h] in hidden.dtype, out_proj's output [b t h], the conv's final state [b k-1 c], and ssd's [b a p n]
@@ -90,12 +92,14 @@ def mamba2_block(
     norm_size = size if norm_size is None else norm_size
     if norm_size < 1 or size % norm_size:
         raise UserError(f"{op}: norm_size {norm_size} must divide d = {size}")
+    dtype = product_dtype(in_proj)
+    initial_conv = None if initial_conv is None else initial_conv.to(dtype)
     ends = (norm, in_proj, in_bias, out_proj, out_bias)
     middle = (conv_weight, conv_bias, dt_bias, A_log, D, gate_norm, initial_conv, initial_state)
     options = (num_groups, epsilon, norm_size, norm_before_gate, *dt_limit, chunk_size, discretization)
     tensors = (hidden, update, *ends, *middle)
-    keep = (1 + keep_projected) * needs_gradients(*tensors)
-    total, out, conv, state, *_ = _mamba2_block(*tensors, segments, *options, epsilon, product_dtype(in_proj), keep)
+    keep = (1 + keep_projected * (1 + keep_convolved)) * needs_gradients(*tensors)
+    total, out, conv, state, *_ = _mamba2_block(*tensors, segments, *options, epsilon, dtype, keep)
     return hidden if update is None else total, out, conv, state
 
 

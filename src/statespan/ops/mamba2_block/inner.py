@@ -12,7 +12,7 @@ from statespan.ops.causal_conv1d import _forward as conv_forward
 from statespan.ops.custom_op import gradients
 from statespan.ops.mixer_block import Middle
 from statespan.ops.rms_norm import _gated_forward as norm_forward
-from statespan.ops.rms_norm import gated_backward_in_block as norm_backward
+from statespan.ops.rms_norm.in_block import gated_backward as norm_backward
 from statespan.ops.ssd import _backward as ssd_backward
 from statespan.ops.ssd import _fake_forward as fake_ssd
 from statespan.ops.ssd import _forward as ssd_forward
@@ -85,31 +85,38 @@ class Inner:
         return self.gate(y, z), of_y, None
 
 
-def forward(inner: Inner, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gated output, the final states, and with `keep` ssd's output."""
+def forward(inner: Inner, keep: int) -> tuple[Tensor, ...]:
+    """The gated output, the final states, and what is kept: the conv's output and ssd's."""
     z, xBC, dt = inner.split()
     mixed, final_conv = inner.conv(xBC)
     y, final_state = ssd_forward(*inner.ssd(mixed, dt))
     y = y.flatten(-2)
-    return inner.gate(y, z), final_conv, final_state, y if keep else y.new_empty(0)
+    kept = (mixed if keep == 3 else mixed.new_empty(0), y if keep else y.new_empty(0))
+    return inner.gate(y, z), final_conv, final_state, *kept
 
 
-def fake(inner: Inner, keep: bool) -> tuple[Tensor, ...]:
+def fake(inner: Inner, keep: int) -> tuple[Tensor, ...]:
     """What `forward` returns, empty."""
     z, xBC, dt = inner.split()
     _, final_state = fake_ssd(*inner.ssd(xBC, dt))
     final_conv = z.new_empty(z.shape[0], inner.conv_weight.shape[1] - 1, xBC.shape[-1])
-    return z.new_empty(z.shape), final_conv, final_state, z.new_empty(z.shape if keep else (0,))
+    kept = (xBC.new_empty(xBC.shape if keep == 3 else (0,)), z.new_empty(z.shape if keep else (0,)))
+    return z.new_empty(z.shape), final_conv, final_state, *kept
 
 
 def backward(
-    inner: Inner, grad_gated: Tensor, grad_conv: Tensor | None, grad_state: Tensor | None, y: Tensor
+    inner: Inner,
+    grad_gated: Tensor,
+    grad_conv: Tensor | None,
+    grad_state: Tensor | None,
+    mixed: Tensor,
+    y: Tensor,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The gated output again, and the gradients of the tensors of `inner` but the segments, in their order."""
     z, xBC, dt = inner.split()
     grad_zxBCdt = torch.empty_like(inner.zxBCdt, memory_format=torch.contiguous_format)
     of_z, of_xBC, of_dt = grad_zxBCdt.split(list(inner.sizes), dim=-1)
-    mixed, final_conv = inner.conv(xBC)
+    mixed = mixed if mixed.numel() else inner.conv(xBC)[0]
     gated, grad_y, grad_norm = inner.gate_gradients(grad_gated, y, z, of_z)
     arguments = inner.ssd(mixed, dt)
     if grad_state is None:
@@ -120,7 +127,8 @@ def backward(
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, *grad_initial = found
     of_dt.copy_(grad_dt)
     grad_mixed = torch.cat([grad_x.flatten(2), grad_B.flatten(2), grad_C.flatten(2)], dim=-1)
-    grad_conv = torch.zeros_like(final_conv) if grad_conv is None else grad_conv
+    if grad_conv is None:
+        grad_conv = xBC.new_zeros(xBC.shape[0], inner.conv_weight.shape[1] - 1, xBC.shape[2])
     conv_inputs = (xBC, inner.conv_weight, inner.conv_bias, inner.initial_conv, inner.segments)
     of_conv = conv_backward(grad_mixed, grad_conv, *conv_inputs, True, "auto", of_xBC)
     _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
@@ -150,5 +158,5 @@ MIDDLE = Middle(
     forward=forward,
     fake=fake,
     backward=backward,
-    num_kept=1,
+    num_kept=2,
 )

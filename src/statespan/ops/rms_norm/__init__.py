@@ -159,20 +159,6 @@ def _add_backward(
     return grad, rounded, grad_weight
 
 
-def backward_in_block(
-    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """As `_add_backward` (None: no second gradient), and before weight's gradient y in grad_y's dtype; not an op."""
-    kernels = _kernels("auto", total, weight, dtype=grad_y.dtype, width=total.shape[-1])
-    if kernels is None or not total.is_cuda:
-        grad, grad_weight = _backward(grad_y, grad_total, total, weight, eps, "auto")
-        y = _forward(total, weight, eps, grad_y.dtype, "auto")
-        return grad, None if dtype is None else grad.to(dtype), y, grad_weight
-    rounded, y = None if dtype is None else _new(total, dtype), _new(total, grad_y.dtype)
-    grad, grad_weight = kernels.rms_norm_backward(grad_y, grad_total, total, weight, eps, rounded, y)
-    return grad, rounded, y, grad_weight
-
-
 def _gated_forward(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool, backend: str
 ) -> Tensor:
@@ -198,29 +184,6 @@ def _gated_backward(
         (x, z, weight),
         (grad_y,),
     )
-
-
-def gated_backward_in_block(
-    grad_y: Tensor,
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    into_z: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gated norm's output once more, and the gradients of x and weight; that of z is written to `into_z`."""
-    options = (eps, group_size, norm_before_gate)
-    kernels = _kernels("auto", x, z, weight, op="gated_rms_norm", width=group_size)
-    if kernels is None or not x.is_cuda:
-        y = _gated_forward(x, z, weight, *options, "auto")
-        grad_x, grad_z, grad_weight = _gated_backward(grad_y, x, z, weight, *options, "auto")
-        into_z.copy_(grad_z)
-        return y, grad_x, grad_weight
-    y = _new(x)
-    grad_x, _, grad_weight = kernels.gated_rms_norm_backward(grad_y, x, z, weight, *options, into_z, y)
-    return y, grad_x, grad_weight
 
 
 def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

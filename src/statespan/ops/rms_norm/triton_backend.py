@@ -10,6 +10,7 @@ from torch import Tensor
 from statespan.ops.gpu import multiprocessors, shared_memory
 from statespan.ops.rms_norm import triton_kernels as kernels
 from statespan.ops.triton_kernels import on, power_of_two, rows
+from statespan.ops.triton_kernels.weights import sum_of_parts
 from statespan.ops.tuning import Tunable
 
 
@@ -41,21 +42,31 @@ def _programs(num_rows: int, groups: int, warps: int, warps_at_once: int, device
     return -(-num_rows // each), each
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """y of `statespan.ops.rms_norm`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverses: Tensor | None = None) -> Tensor:
+    """y of `statespan.ops.rms_norm`; for `inverses` [..] see `in_block`."""
     y = x.new_empty(x.shape, dtype=dtype)
-    _normalize(rows(x), None, weight, y, None, eps)
+    _normalize(rows(x), None, weight, y, None, inverses, eps)
     return y
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverses: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """y and x + residual."""
     y, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=residual.dtype)
-    _normalize(rows(x), rows(residual), weight, y, total, eps)
+    _normalize(rows(x), rows(residual), weight, y, total, inverses, eps)
     return y, total
 
 
-def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float) -> None:
+def _normalize(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    total: Tensor | None,
+    inverses: Tensor | None,
+    eps: float,
+) -> None:
     if x.numel() == 0:
         return
     num_rows, channels = x.shape
@@ -67,6 +78,7 @@ def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, to
             weight.contiguous(),
             y,
             total,
+            inverses,
             num_rows,
             channels,
             x.stride(0),
@@ -86,12 +98,15 @@ def rms_norm_backward(
     eps: float,
     rounded: Tensor | None = None,
     y: Tensor | None = None,
+    inverses: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, with grad_total added, and weight.
+    """Gradients of x, in its dtype or `dtype` and with grad_total added, and weight.
 
     Where they are given, tensors like x: `rounded` gets that of x once more in its own dtype, and y what rms_norm gave.
+    With `inverses` x is what rms_norm gave.
     """
-    grad_x = x.new_empty(x.shape)
+    grad_x = x.new_empty(x.shape, dtype=dtype or x.dtype)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight)
     x, grad_y = rows(x), rows(grad_y)
@@ -100,12 +115,15 @@ def rms_norm_backward(
     tuned = BACKWARD.best(x.device, channels)
     chunk, chunks, warps = _chunks(channels, tuned["chunks"])
     programs, each = _programs(num_rows, 1, warps, tuned["warps_at_once"], x.device)
+    # Rows of grad_total wait in shared memory, too; where x has 32 bits, the estimate leaves room for them.
+    ahead = [x, grad_y] if inverses is None or grad_total is None else [x, grad_y, grad_total]
     grad_weight = x.new_empty(programs, channels, dtype=torch.float32)
     with on(x.device):
         kernels.backward[(programs,)](
             grad_y,
             grad_total,
             x,
+            inverses,
             weight.contiguous(),
             grad_x,
             rounded,
@@ -120,10 +138,12 @@ def rms_norm_backward(
             eps,
             CHUNK=chunk,
             CHUNKS=chunks,
-            STAGES=_stages(channels * (x.element_size() + grad_y.element_size()), x.device),
+            STAGES=_stages(sum(channels * loaded.element_size() for loaded in ahead), x.device),
             num_warps=warps,
         )
-    return grad_x, grad_weight.sum(0).to(weight.dtype)
+    of_weight = torch.empty_like(weight)
+    sum_of_parts(grad_weight, of_weight)
+    return grad_x, of_weight
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:

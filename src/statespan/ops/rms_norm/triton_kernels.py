@@ -11,12 +11,19 @@ from statespan.ops.triton_kernels.functions import sigmoid, silu_slope
 
 
 @triton.jit
+def _divisor(scale):
+    """The weight, and in place of 0 what `in_block.TINY` is."""
+    return tl.where(scale == 0.0, 1e-30, scale)
+
+
+@triton.jit
 def forward(
     x,
     residual,
     weight,
     y,
     total,
+    inverses,
     num_rows,
     channels,
     x_stride,
@@ -25,7 +32,10 @@ def forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = normalise(x) * weight; with a residual, x + residual is kept in `total` and normalised in place of x."""
+    """y = normalise(x) * weight; with a residual, x + residual is kept in `total` and normalised in place of x.
+
+    Where `inverses` is given, it gets each row's 1 / rms, and x / rms comes back from y even where the weight is 0.
+    """
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None]
     mask = (row < num_rows) & (column < channels)
@@ -37,6 +47,9 @@ def forward(
         value = kept.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / channels + eps)
     scale = tl.load(weight + column, column < channels, 0.0).to(tl.float32)
+    if inverses is not None:
+        tl.store(inverses + row, inverse, row < num_rows)
+        scale = _divisor(scale)
     tl.store(y + row * channels + column, (value * inverse * scale).to(y.dtype.element_ty), mask)
 
 
@@ -66,10 +79,21 @@ def _zeros(CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _shares(scales, inverses):
+    """What the backward multiplies its rows by: 1, or where they are the forward's output, 1 / weight."""
+    found = ()
+    for i in tl.static_range(len(scales)):
+        scale = scales[i].to(tl.float32)
+        found = found + (scale * 0.0 + 1.0 if inverses is None else 1.0 / _divisor(scale),)
+    return found
+
+
+@triton.jit
 def backward(
     grad_y,
     grad_total,
     x,
+    inverses,
     weight,
     grad_x,
     rounded,
@@ -88,11 +112,13 @@ def backward(
 ):
     """grad_x, to which grad_total is added, and each program's part of grad_weight, in float32.
 
-    Where they are given, `rounded` is grad_x once more in its own dtype, and y what the forward gave.
+    Where they are given, `rounded` is grad_x once more in its own dtype, and y what the forward gave. With the
+    `inverses` that the forward gave, x is its output.
     """
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     count = tl.minimum(rows_per_program, num_rows - first)
     scales = _load_chunks(weight, channels, CHUNK, CHUNKS)
+    shares = _shares(scales, inverses)
     sums = _zeros(CHUNK, CHUNKS)
     for done in tl.range(0, count, num_stages=STAGES):
         row = first + done
@@ -101,17 +127,22 @@ def backward(
         square = tl.zeros([CHUNK], tl.float32)
         along = tl.zeros([CHUNK], tl.float32)
         for i in tl.static_range(CHUNKS):
-            value = values[i].to(tl.float32)
+            value = values[i].to(tl.float32) * shares[i]
             square += value * value
             along += value * grads[i].to(tl.float32) * scales[i].to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(square, 0) / channels + eps)
-        pull = tl.sum(along, 0) * inverse * inverse / channels
+        if inverses is None:
+            inverse = tl.rsqrt(tl.sum(square, 0) / channels + eps)
+            unit = inverse
+        else:
+            inverse = tl.load(inverses + row)
+            unit = 1.0
+        pull = tl.sum(along, 0) * unit / channels
         found = ()
         sums_after = ()
         for i in tl.static_range(CHUNKS):
-            value, grad = values[i].to(tl.float32), grads[i].to(tl.float32)
-            sums_after = sums_after + (sums[i] + grad * value * inverse,)
-            found = found + ((grad * scales[i].to(tl.float32) - value * pull) * inverse,)
+            normal, grad = values[i].to(tl.float32) * shares[i] * unit, grads[i].to(tl.float32)
+            sums_after = sums_after + (sums[i] + grad * normal,)
+            found = found + ((grad * scales[i].to(tl.float32) - normal * pull) * inverse,)
         sums = sums_after
         if grad_total is not None:
             totals = _load_chunks(grad_total + row * grad_total_stride, channels, CHUNK, CHUNKS)
@@ -125,7 +156,7 @@ def backward(
         if y is not None:
             normal = ()
             for i in tl.static_range(CHUNKS):
-                normal = normal + (values[i].to(tl.float32) * inverse * scales[i].to(tl.float32),)
+                normal = normal + (values[i].to(tl.float32) * unit * scales[i].to(tl.float32),)
             _store_chunks(y + row * channels, normal, channels, CHUNK)
     _store_chunks(grad_weight + tl.program_id(0).to(tl.int64) * channels, sums, channels, CHUNK)
 
