@@ -22,6 +22,7 @@ from statespan.ops import (
     gated_rms_norm,
     linear_cross_entropy,
     rms_norm,
+    sampling_edge,
     selective_state_update,
     ssd_state_update,
 )
@@ -39,8 +40,8 @@ class Case:
     bytes_moved: int
 
 
-def graph_milliseconds(run: Callable[[], object], calls: int = 20, repetitions: int = 7) -> tuple[float, float]:
-    """Median and spread of one call's time, as replays of a graph of `calls` of them."""
+def captured(run: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A graph of so many calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()
@@ -48,7 +49,12 @@ def graph_milliseconds(run: Callable[[], object], calls: int = 20, repetitions: 
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(calls):
                 run()
-    return event_milliseconds(graph.replay, repetitions, calls)
+    return graph
+
+
+def graph_milliseconds(run: Callable[[], object], calls: int = 20, repetitions: int = 7) -> tuple[float, float]:
+    """Median and spread of one call's time, as replays of a graph of `calls` of them."""
+    return event_milliseconds(captured(run, calls).replay, repetitions, calls)
 
 
 def event_milliseconds(run: Callable[[], object], repetitions: int = 7, calls: int = 1) -> tuple[float, float]:
@@ -202,14 +208,29 @@ def cross_entropy_rows() -> Iterator[Row]:
             yield Row(task, name, milliseconds, "ms", spread, f"peak {peak_mebibytes(run):,.0f} MiB")
 
 
+def sampling_rows() -> Iterator[Row]:
+    """Where top_p cuts off, by a search and by a sort of the vocabulary."""
+    for rows, vocabulary in ((1, 50280), (8, 65536), (64, 50280), (64, 131072)):
+        logits = 2 * torch.randn(rows, vocabulary, device="cuda")
+        weights, top_p = (logits - logits.amax(1, keepdim=True)).exp(), torch.full((rows,), 0.9, device="cuda")
+        for name, backend in (("statespan", "auto"), ("statespan torch", "torch")):
+            run = partial(sampling_edge, weights, top_p=top_p, backend=backend)
+            milliseconds, spread = graph_milliseconds(run)
+            yield Row(f"sampling_edge, {rows} x {vocabulary}", name, milliseconds * 1e3, "us", spread)
+
+
+OTHERS = {"linear_cross_entropy": cross_entropy_rows, "sampling_edge": sampling_rows}
+
+
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*CASES, "linear_cross_entropy"])
+    parser.add_argument("--only", choices=[*CASES, *OTHERS])
     options = parser.parse_args()
-    rows = list(bandwidth_rows(options.only)) if options.only != "linear_cross_entropy" else []
-    if options.only in (None, "linear_cross_entropy"):
-        rows += cross_entropy_rows()
+    rows = list(bandwidth_rows(options.only)) if options.only not in OTHERS else []
+    for name, others in OTHERS.items():
+        if options.only in (None, name):
+            rows += others()
     report("gpu_ops", rows, ["statespan", "torch", "triton"])
 
 

@@ -94,6 +94,21 @@ def test_tuning_writes_what_is_faster_and_later_calls_use_it(table, monkeypatch)
     assert [path.name for path in table.parent.iterdir()] == ["tuning.json"]  # no temporary file is left
 
 
+def test_what_compiles_ahead_launches_each_candidate_on_the_same_inputs(monkeypatch) -> None:
+    forward, launched, trials = tunable("rms_norm.forward"), [], []
+
+    def trial(device, size):
+        trials.append(size)
+        return lambda: fake_timer({}, forward)(launched.append((size, forward._forced["tile"])))
+
+    monkeypatch.setattr(tuning, "tunables", lambda op: [forward])
+    monkeypatch.setattr(forward, "trial", trial)
+    tune._trial.cache_clear()
+    for size, tile in ((768, 2048), (768, 4096), (768, 8192), (1536, 2048)):
+        tune._launch("rms_norm", forward.name, size, (("tile", tile),), GPU)
+    assert launched == [(768, 2048), (768, 4096), (768, 8192), (1536, 2048)] and trials == [768, 1536]
+
+
 def test_nothing_changes_for_a_gain_within_the_noise(table, monkeypatch) -> None:
     forward = tunable("rms_norm.forward")
     rows = tune_with(monkeypatch, lambda run: 1.0 if forward._forced["tile"] == 4096 else 0.99, forward)

@@ -19,6 +19,19 @@ def wide(*values: Tensor | None) -> list[Tensor | None]:
     return [value.double() if isinstance(value, Tensor) else value for value in values]
 
 
+def weights() -> Iterator[Pair]:
+    from statespan.ops.triton_kernels.weights import cast, sum_of_parts
+
+    given = [torch.randn(shape) for shape in ((70, 130), (3, 2), (5000,), (1, 1))]
+    for count in range(1, 5):
+        yield from ((found, x) for found, x in zip(cast(torch.float64, given[:count]), wide(*given), strict=False))
+    for rows, columns, split in ((1, 5, 5), (130, 70, 70), (64, 100, 33)):
+        parts = torch.randn(rows, columns)
+        outputs = [torch.full((size,), torch.nan) for size in (split, columns - split) if size]
+        sum_of_parts(parts, *outputs)
+        yield torch.cat(outputs), parts.double().sum(0)
+
+
 def rms_norm() -> Iterator[Pair]:
     from statespan.ops.rms_norm import reference, triton_backend
 
@@ -38,6 +51,12 @@ def rms_norm() -> Iterator[Pair]:
         normal = reference.rms_norm(*wide(x, weight), 1e-5, torch.float64)
         exact = (exact[0] + total_grad, exact[1])
         yield from zip((*found, rounded, again), (*exact, *exact, exact[0], normal), strict=True)
+        inverses = torch.full((rows,), torch.nan)
+        weight[1] = 0
+        y = triton_backend.rms_norm(x, weight, 1e-5, torch.float32, inverses)
+        exact = vjp(lambda x, w: (reference.rms_norm(x, w, 1e-5, torch.float64),), (x, weight), (grad,))
+        found = triton_backend.rms_norm_backward(grad, total_grad, y, weight, 1e-5, rounded, None, inverses)
+        yield from zip((*found, rounded), (exact[0] + total_grad, exact[1], exact[0] + total_grad), strict=True)
         for group_size, before in product((channels, channels // 2 if channels % 2 == 0 else 5), (False, True)):
             options = (1e-5, group_size, before)
             x, z = torch.randn(rows, 2 * channels).split(channels, dim=1)
@@ -188,7 +207,8 @@ def grouped_mlp() -> Iterator[Pair]:
     from statespan.ops.grouped_mlp.experts import Experts
 
     torch.use_deterministic_algorithms(True)  # new tensors are NaN
-    triton_backend.UNALIGNED = triton_backend.STREAM = triton_backend.Tile(16, 16, 16, 2, 1)
+    triton_backend.UNALIGNED = triton_backend.Tile(16, 16, 16, 2, 1)
+    triton_backend._stream = lambda weight, rows: triton_backend.Tile(16, rows, 16, 2, 1)
     triton_backend.multiprocessors = lambda device: 40
     triton_routing.SORT_VALUES, triton_routing.SORT_PROGRAMS, triton_backend.GROUP = 64, 3, 2
     for (activation, bias), tokens in product((("swiglu", True), ("gelu", False), ("relu", True)), (2, 40)):
@@ -300,6 +320,7 @@ def main() -> None:
     torch.set_num_threads(1)
     count = 0
     groups = (
+        weights,
         rms_norm,
         causal_conv1d,
         state_update,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.generation.penalties import History, penalize
+from statespan.ops.sampling_edge import sampling_edge
 
 BLOCK = 64  # random numbers of a row that are drawn at once
 
@@ -137,7 +138,7 @@ def weights(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k is not None and sampling.top_k < weights.shape[-1]:
         weights = _at_least(weights, weights.topk(sampling.top_k, dim=-1).values[:, -1:])
     if sampling.top_p is not None and sampling.top_p < 1:
-        weights = _at_least(weights, nucleus_edge(weights, sampling.top_p))
+        weights = _at_least(weights, sampling_edge(weights, top_p=sampling.top_p))
     if sampling.min_p:
         weights = _at_least(weights, sampling.min_p)
     return weights
@@ -145,27 +146,6 @@ def weights(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def _at_least(weights: Tensor, edge: Tensor | float) -> Tensor:
     return weights * (weights >= edge)
-
-
-def nucleus_edge(weights: Tensor, top_p: float | Tensor, best: Tensor | None = None) -> Tensor:
-    """Least weight [b 1] of the nucleus, the fewest tokens that hold top_p of the probability (arXiv 1904.09751).
-
-    Args:
-        weights: [b v] float32, not normalised.
-        top_p: above 0 and at most 1, or a tensor [b 1] of such; where it is 1 the edge is 0, which all pass.
-        best: [b v], the weights in descending order, where somebody has them.
-    """
-    mass = weights.sum(dim=-1, keepdim=True)
-    limited = top_p * mass < mass
-    if best is None and weights.is_cuda:  # no waiting for a count
-        best = weights.sort(dim=-1, descending=True).values
-    elif best is None:
-        # Tokens below this hold less than 1 - top_p together, so the nucleus is among the others, few to sort.
-        candidates = (weights >= mass * (1 - top_p) / weights.shape[-1]) & limited
-        best = weights.topk(max(1, int(candidates.sum(dim=-1).max())), dim=-1).values
-    missing = (best.cumsum(dim=-1) < top_p * mass).sum(dim=-1, keepdim=True)  # tokens that do not reach top_p yet
-    edge = best.gather(-1, missing.clamp(max=best.shape[-1] - 1))
-    return edge.where(limited, edge.new_zeros(()))
 
 
 def random_numbers(generators: Sequence[torch.Generator], count: int) -> Tensor:

@@ -9,6 +9,7 @@ from statespan.ops.linear_cross_entropy import linear_cross_entropy
 from statespan.ops.mamba1_block import mamba1_block
 from statespan.ops.mamba2_block import mamba2_block
 from statespan.ops.rms_norm import gated_rms_norm, rms_norm
+from statespan.ops.sampling_edge import sampling_edge
 from statespan.ops.selective_scan import selective_scan
 from statespan.ops.ssd import ssd
 from statespan.ops.state_update import selective_state_update, ssd_state_update
@@ -26,6 +27,7 @@ __all__ = [
     "paged_decode_attention",
     "quantize_rows",
     "rms_norm",
+    "sampling_edge",
     "selective_scan",
     "selective_state_update",
     "ssd",

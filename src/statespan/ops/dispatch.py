@@ -132,6 +132,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "decode_attention": ("triton", "torch", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "torch", "reference"),
     "linear": ("cpu", "torch"),
+    "sampling_edge": ("cuda", "torch", "reference"),
 }
 
 

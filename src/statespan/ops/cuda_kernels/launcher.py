@@ -31,7 +31,7 @@ class Kernel:
     """A kernel `extern "C"` of a file; `shared_bytes` of dynamic shared memory, as much as the kind of GPU has."""
 
     def __init__(self, file: Path, name: str) -> None:
-        self._file, self._name = file, name
+        self.file, self._name = file, name
         self._loaded: dict[tuple[int, Macros], Any] = {}
 
     def launch(
@@ -51,7 +51,7 @@ class Kernel:
 
     def _load(self, device: int, macros: Macros, shared_bytes: int) -> Any:
         major, minor = torch.cuda.get_device_capability(device)
-        code = cubin(self._file, f"sm_{major}{minor}", dict(macros))
+        code = cubin(self.file, f"sm_{major}{minor}", dict(macros))
         try:
             with torch.cuda.device(device):
                 kernel = cuda_core().ObjectCode.from_cubin(code).get_kernel(self._name)

@@ -2,6 +2,7 @@
 # A launch takes options, num_warps, that are no parameters of the kernel.
 """Experts' MLPs on GPUs: tensors to the kernels of `triton_kernels.py`. Nothing waits for the device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from statespan.ops.grouped_mlp.experts import Experts
 from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, fill_unserved, gather, sort
 from statespan.ops.layout import contiguous
 from statespan.ops.triton_kernels import on, power_of_two
+from statespan.ops.tuning import Tunable
 
 FEW = 32  # choices up to here need no sorting: each program looks through all
 PRODUCT_SHARED = 200 << 10
@@ -42,8 +44,6 @@ class Tile:
         return tile
 
 
-STREAM = Tile(64, 16, 128, 4, 4)  # memory-bound: weights as they come
-STREAM_INT8 = Tile(32, 16, 256, 4, 4)
 PRODUCT = Tile(256, 128, 64, 4, 8)  # matrix-bound
 PRODUCT_REGISTERS = Tile(128, 128, 32, 3, 8)  # where operands go through registers: before and beside Hopper
 PRECISE = Tile(32, 32, 32, 2, 4)  # float32 has no matrix units
@@ -111,14 +111,19 @@ def _many_rows(
         combine(rows, expert_index, expert_weight, num_experts, y)
 
 
-def _stream(weight: Tensor) -> Tile:
-    return STREAM_INT8 if weight.dtype == torch.int8 else STREAM
+def _stream(weight: Tensor, rows: int) -> Tile:
+    """Sizes for so many rows a tile, where the weights are what takes the time."""
+    return Tile(rows=rows, **(STREAM_INT8 if weight.dtype == torch.int8 else STREAM).best(weight.device, rows))
+
+
+def _unsorted_rows(choices: int) -> int:
+    return max(16, power_of_two(choices))
 
 
 def _splits(choices: int, weight: Tensor) -> int:
     """Parts of the inputs of a few rows' products, so that every multiprocessor has two programs."""
     num_experts, outputs, inputs = weight.shape
-    tile = _stream(weight)
+    tile = _stream(weight, _unsorted_rows(choices))
     programs = min(choices, num_experts) * -(-outputs // tile.weights)
     return max(1, min(8, 2 * multiprocessors(weight.device) // programs, inputs // (4 * tile.inputs)))
 
@@ -130,7 +135,7 @@ def product_tile(x: Tensor, weight: Tensor, rows: int) -> Tile:
     elif x.dtype == torch.float32:
         tile = PRECISE
     elif rows <= 96:
-        tile = replace(_stream(weight), rows=max(16, min(64, power_of_two(2 * rows))))
+        tile = _stream(weight, max(16, min(64, power_of_two(2 * rows))))
     else:
         tile = PRODUCT if shared_memory(x.device) >= PRODUCT_SHARED else PRODUCT_REGISTERS
     return tile.fitted(x.element_size(), x.device)
@@ -155,12 +160,13 @@ def products(
     gated = activation in GATED
     choices, (num_experts, _, inputs), outputs = expert_index.numel(), weight.shape, y.shape[-1]
     splits = y.shape[0] if y.dim() == 3 else 1
-    tile = product_tile(x, weight, -(-choices // num_experts))
+    rows = -(-choices // num_experts) if places is not None else _unsorted_rows(choices) // 2
+    tile = product_tile(x, weight, rows)
     block = tile.weights // 2 if gated else tile.weights
     blocks = -(-outputs // block)
     if places is None:
         slots = min(choices, num_experts)
-        tile = replace(tile, rows=max(16, power_of_two(choices)))
+        tile = replace(tile, rows=_unsorted_rows(choices))
         grid = (blocks, slots, splits)
     else:
         grid = ((choices // tile.rows + min(choices, num_experts)) * blocks, 1, splits)
@@ -199,3 +205,27 @@ def products(
         num_warps=tile.warps,
     )
     return y
+
+
+def _trial(dtype: torch.dtype) -> Callable[[torch.device, int], Callable[[], object]]:
+    def trial(device: torch.device, rows: int) -> Callable[[], object]:
+        x, index = (
+            torch.randn(4 * rows, 2048, dtype=torch.bfloat16, device=device),
+            torch.arange(8 * rows, device=device),
+        )
+        up = torch.randint(-99, 99, (16, 8192, 2048), dtype=torch.int8, device=device).to(dtype)
+        down = torch.randint(-99, 99, (16, 2048, 4096), dtype=torch.int8, device=device).to(dtype)
+        scales = [torch.rand(w.shape[:2], device=device) / 4096 if dtype == torch.int8 else None for w in (up, down)]
+        index, experts = (
+            (torch.arange(8 * rows, device=device) % 16).view(-1, 2),
+            Experts(up, down, None, None, *scales),
+        )
+        return lambda: forward(x, index, torch.ones(index.shape, device=device), experts, "swiglu", False)
+
+    return trial
+
+
+_TILES = {"weights": (32, 64, 128), "inputs": (128, 256), "stages": (3, 4), "warps": (4, 8)}
+STREAM = Tunable("grouped_mlp.stream", (16, 32, 64), _trial(torch.bfloat16), **_TILES)
+STREAM_INT8 = Tunable("grouped_mlp.stream_int8", (16, 32, 64), _trial(torch.int8), **_TILES)
+TUNABLES = (STREAM, STREAM_INT8)

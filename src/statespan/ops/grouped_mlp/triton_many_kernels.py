@@ -169,6 +169,25 @@ def products_of_many(
 
 
 @triton.jit
+def matrix_of(tile, left_blocks, right_blocks, LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUP: tl.constexpr):
+    """Expert, first row and first column of a tile of the sums; GROUP rows' tiles take turns."""
+    blocks = left_blocks * right_blocks
+    block = tile % blocks
+    first = block // (GROUP * right_blocks) * GROUP
+    size = tl.minimum(left_blocks - first, GROUP)
+    block = block % (GROUP * right_blocks)
+    return tile // blocks, (first + block % size) * LEFT, block // size * RIGHT
+
+
+@triton.jit
+def places_of(ends, expert, num_experts, ALIGN: tl.constexpr):
+    """Where an expert's places begin and end; 0 and 0 behind the last expert."""
+    here = expert < num_experts
+    begin = tl.cdiv(tl.load(ends + expert - 1, here & (expert > 0), 0), ALIGN) * ALIGN
+    return begin, tl.load(ends + expert, here, 0)
+
+
+@triton.jit
 def sums_of_many(
     left,
     right,
@@ -177,6 +196,7 @@ def sums_of_many(
     num_experts,
     left_size,
     right_size,
+    EXPERTS: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -184,22 +204,47 @@ def sums_of_many(
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y_e [left right] = sum over the expert's places of left^T right; ROWS divides ALIGN."""
+    """y_e [left right] = sum over the expert's places of left^T right; ROWS divides ALIGN.
+
+    One loop over the steps of all of this program's tiles, so that a tile's loads are on their way while the one before
+    is stored. Triton flattens no loops whose length is read from memory: what is loaded next and what is summed up
+    are two walks through the tiles here. An expert's first and last place are read a tile ahead.
+    """
     left_blocks, right_blocks = tl.cdiv(left_size, LEFT), tl.cdiv(right_size, RIGHT)
-    blocks = left_blocks * right_blocks
-    for tile in tl.range(tl.program_id(0), num_experts * blocks, tl.num_programs(0), flatten=True):
-        expert, block = tile // blocks, tile % blocks
-        first = block // (GROUP * right_blocks) * GROUP
-        size = tl.minimum(left_blocks - first, GROUP)
-        block = block % (GROUP * right_blocks)
-        left_first, right_first = (first + block % size) * LEFT, block // size * RIGHT
-        begin = tl.cdiv(tl.load(ends + expert - 1, expert > 0, 0), ALIGN) * ALIGN
-        end = tl.load(ends + expert)
-        acc = tl.zeros([LEFT, RIGHT], tl.float32)
-        for start in tl.range(begin, tl.maximum(end, begin + 1), ROWS, num_stages=STAGES):  # no loop runs zero times
-            a, b = left.load([start, left_first]), right.load([start, right_first])
-            acc = tl.dot(tl.trans(a), b, acc)
-        acc = tl.where(begin < end, acc, 0.0)
-        row, column = left_first + tl.arange(0, LEFT), right_first + tl.arange(0, RIGHT)
-        at = y + (expert.to(tl.int64) * left_size + row[:, None]) * right_size + column[None]
-        tl.store(at, acc.to(y.dtype.element_ty), (row < left_size)[:, None] & (column < right_size)[None])
+    blocks, program, programs = left_blocks * right_blocks, tl.program_id(0), tl.num_programs(0)
+    e = tl.arange(0, EXPERTS)
+    begin, end = places_of(ends, e, num_experts, ALIGN)
+    tiles = tl.cdiv((e + 1) * blocks - program, programs) - tl.cdiv(e * blocks - program, programs)
+    steps = tl.sum(tl.where(e < num_experts, tiles * tl.maximum(tl.cdiv(end - begin, ROWS), 1), 0), 0)
+
+    loaded, summed = program, program
+    expert, left_first, right_first = matrix_of(loaded, left_blocks, right_blocks, LEFT, RIGHT, GROUP)
+    row, stop = places_of(ends, expert, num_experts, ALIGN)
+    next_row, next_stop = places_of(ends, (loaded + programs) // blocks, num_experts, ALIGN)
+    sum_row, sum_stop, sum_next_row, sum_next_stop = row, stop, next_row, next_stop
+    acc = tl.zeros([LEFT, RIGHT], tl.float32)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        a, b = left.load([row, left_first]), right.load([row, right_first])
+        row += ROWS
+        if row >= stop:
+            loaded += programs
+            expert, left_first, right_first = matrix_of(loaded, left_blocks, right_blocks, LEFT, RIGHT, GROUP)
+            row, stop = next_row, next_stop
+            next_row, next_stop = places_of(ends, (loaded + programs) // blocks, num_experts, ALIGN)
+        acc = tl.dot(tl.trans(a), b, acc)
+        sum_row += ROWS
+        if sum_row >= sum_stop:
+            matrix, first_row, first_column = matrix_of(summed, left_blocks, right_blocks, LEFT, RIGHT, GROUP)
+            acc = tl.where(sum_row - ROWS < sum_stop, acc, 0.0)  # an expert without rows takes a step too
+            first, second = halves(acc, False)  # stored in quarters, one after the other through a little memory
+            first_quarter, second_quarter = halves(first, False)
+            third_quarter, fourth_quarter = halves(second, False)
+            shape: tl.constexpr = [1, LEFT, RIGHT // 4]
+            y.store([matrix, first_row, first_column], tl.reshape(first_quarter.to(y.dtype), shape))
+            y.store([matrix, first_row, first_column + RIGHT // 4], tl.reshape(second_quarter.to(y.dtype), shape))
+            y.store([matrix, first_row, first_column + RIGHT // 2], tl.reshape(third_quarter.to(y.dtype), shape))
+            y.store([matrix, first_row, first_column + RIGHT // 4 * 3], tl.reshape(fourth_quarter.to(y.dtype), shape))
+            acc = tl.zeros([LEFT, RIGHT], tl.float32)
+            summed += programs
+            sum_row, sum_stop = sum_next_row, sum_next_stop
+            sum_next_row, sum_next_stop = places_of(ends, (summed + programs) // blocks, num_experts, ALIGN)

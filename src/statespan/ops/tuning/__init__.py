@@ -29,7 +29,15 @@ Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 # Each has TUNABLES. Loaded when they are to be tuned.
 MODULES = {
     op: f"statespan.ops.{op}.triton_backend"
-    for op in ("rms_norm", "causal_conv1d", "state_update", "linear_cross_entropy", "selective_scan")
+    for op in (
+        "rms_norm",
+        "causal_conv1d",
+        "state_update",
+        "linear_cross_entropy",
+        "selective_scan",
+        "ssd",
+        "grouped_mlp",
+    )
 }
 
 

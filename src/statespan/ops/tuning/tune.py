@@ -1,7 +1,11 @@
 """Timing the candidates of the tunables on a GPU, and keeping the best."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -11,7 +15,43 @@ from statespan.ops import tuning
 from statespan.ops.kernel_cache import store
 
 WORTH = 0.98  # of the present time: a gain below two hundredths is noise
+PROCESSES = 16  # that compile at once, at the most
+UNUSABLE = (BackendUnavailable, torch.OutOfMemoryError)  # a candidate that does not compile or fit
 Timer = Callable[[Callable[[], object]], float]
+
+
+def compile_all(op: str | None, device: torch.device) -> int:
+    """Compile the candidates of an op's tunables, or of all, in processes side by side, and say how many there are.
+
+    Timing then finds them on disk. What a process has no room for on the GPU is compiled when it is timed.
+    """
+    jobs = [
+        (op, tunable.name, size, tuple(candidate.items()), device)
+        for tunable in tuning.tunables(op)
+        for size in tunable.sizes
+        for candidate in tunable.candidates()
+    ]
+    processes = min(PROCESSES, os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_launch, *zip(*jobs, strict=True), chunksize=3))
+    return len(jobs)
+
+
+def _launch(
+    op: str | None, name: str, size: int, parameters: tuple[tuple[str, int], ...], device: torch.device
+) -> None:
+    try:
+        tunable, run = _trial(op, name, size, device)
+        with tunable.forced(**dict(parameters)):
+            run()
+    except UNUSABLE:
+        pass  # which timing finds out as well
+
+
+@lru_cache(maxsize=1)
+def _trial(op: str | None, name: str, size: int, device: torch.device) -> tuple[tuning.Tunable, Callable[[], object]]:
+    tunable = next(known for known in tuning.tunables(op) if known.name == name)
+    return tunable, tunable.trial(device, size)
 
 
 def tune(
@@ -41,7 +81,7 @@ def _time(tunable: tuning.Tunable, parameters: tuning.Parameters, run: Callable[
     with tunable.forced(**parameters):
         try:
             return timer(run)
-        except (BackendUnavailable, torch.OutOfMemoryError):
+        except UNUSABLE:
             return float("inf")
 
 
