@@ -31,7 +31,7 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 # Compiles every Triton kernel with every release that is supported: an environment of its own for each, over the main one.
-TRITON_RELEASES ?= 3.6.0 3.7.1 3.8.0 3.9.0
+TRITON_RELEASES ?= 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 build/triton/%/.installed: $(VENV)/.installed
 	$(BIN)/python -m venv build/triton/$*
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \

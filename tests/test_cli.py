@@ -402,6 +402,33 @@ def test_a_full_disk_loses_nothing(text: Path, tmp_path: Path, capsys: pytest.Ca
     assert statespan.load(saved).config.hidden_size == 16
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_memory_a_line_says_what_to_do(
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(words: tuple[str, ...]) -> None:
+        torch.empty(1 << 50, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr("statespan.cli.dispatch", run)
+    place, asked = ("the computer", "1125899906842624 bytes") if device == "cpu" else ("the GPU", "1048576.00 GiB")
+    start = f"{place} is out of memory (it asked for {asked} more); "
+    for command, advice in {"train": "run.accumulation_steps=2", "serve": "--cache-bytes", "demo": "smaller"}.items():
+        said = fails(capsys, command)
+        assert said.startswith(start) and advice in said
+
+
+def test_other_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(words: tuple[str, ...]) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("statespan.cli.dispatch", run)
+    with pytest.raises(RuntimeError, match="illegal"):
+        main(["train"])
+
+
 # What a user can do wrong in Python: the same one line
 
 

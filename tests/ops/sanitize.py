@@ -23,7 +23,7 @@ from statespan.models.layer_pattern import LayerSpec
 from statespan.models.quantize import quantize
 from statespan.ops.dispatch import OPS
 
-MODEL = ModelConfig(
+MIXED = ModelConfig(
     vocab_size=61,
     hidden_size=64,
     layers=tuple(LayerSpec.from_text(text) for text in ("mamba1+moe", "attention+mlp", "mamba2+moe")),
@@ -33,6 +33,12 @@ MODEL = ModelConfig(
     mlp=MLPConfig(intermediate_size=96),
     moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=32),
 )
+# Wide enough for the kernels that take blocks of one kind together: one row, and many.
+STACKED = ModelConfig(
+    vocab_size=61, hidden_size=512, layers=(LayerSpec.from_text("mamba1"),) * 2, mamba1=Mamba1Config(state_size=16)
+)
+DECODED = [(MIXED, rows, quantized) for rows in (1, 3, 9, 20) for quantized in (False, True)]
+DECODED += [(STACKED, rows, False) for rows in (1, 2, 9, 65, 200)]
 
 
 def inputs_of(case: Case) -> Iterator[Inputs]:
@@ -53,9 +59,9 @@ def inputs_of(case: Case) -> Iterator[Inputs]:
 
 
 @torch.inference_mode()
-def decode(batch_size: int, quantized: bool) -> int:
-    """Some tokens through a model with each kind of layer; how many logits there were."""
-    model = build(MODEL, device="cuda", dtype=torch.bfloat16).eval()
+def decode(config: ModelConfig, batch_size: int, quantized: bool) -> int:
+    """Some tokens through a model; how many logits there were."""
+    model = build(config, device="cuda", dtype=torch.bfloat16).eval()
     model = quantize(model) if quantized else model
     ids = torch.randint(0, 61, (batch_size, 9))
     decoder = model.decoder(batch_size)
@@ -66,7 +72,7 @@ def decode(batch_size: int, quantized: bool) -> int:
 def main() -> None:
     torch.set_default_device("cuda")
     if "decoder" in (sys.argv[1:] or ["decoder"]):
-        print("decoder", sum(decode(rows, quantized) for rows in (1, 3) for quantized in (False, True)), "logits")
+        print("decoder", sum(decode(*of) for of in DECODED), "logits", flush=True)
     for case in CASES:
         for backend in OPS[case.name]:
             if backend in ("cuda", "triton") and case.name in (sys.argv[1:] or OPS):

@@ -1,10 +1,11 @@
 """The first losses of the H100 recipes, on a text that is made here, are those of tests/golden/h100_losses.json.
 
-python tests/recipes/test_golden_losses.py      # writes that file again, on such a GPU
+python tests/recipes/test_golden_losses.py [RECIPE ..]      # writes that file again, on such a GPU
 """
 
 import json
 import random
+import sys
 import tempfile
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def losses(name: str, folder: Path, assignments: tuple[str, ...] = ()) -> list[f
             "data.held_out_fraction=0",
             "run.max_seconds=null",
             f"run.max_steps={STEPS}",
-            # Rates that rise all the way: at the recipes' own the first losses leap, and rounding decides where to.
+            # Low rates that rise all the way: at the recipes' own the losses leap, and rounding decides where to.
+            "optimizer.learning_rate=2e-4",
             "schedule.warmup_fraction=1",
             *assignments,
         ]
@@ -70,6 +72,10 @@ def losses(name: str, folder: Path, assignments: tuple[str, ...] = ()) -> list[f
     return found
 
 
+def means_of_ten(values: list[float]) -> list[float]:
+    return [sum(values[i : i + 10]) / 10 for i in range(0, len(values), 10)]
+
+
 def test_there_is_one_for_each_recipe() -> None:
     golden = json.loads(GOLDEN.read_text())
     assert set(golden["losses"]) == set(NAMES)
@@ -82,8 +88,13 @@ def test_there_is_one_for_each_recipe() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not any(gpu in HERE for gpu in GPUS), reason="needs an H100 or H200")
 def test_losses_repeat(name: str, tmp_path: Path) -> None:
-    wanted = json.loads(GOLDEN.read_text())["losses"][name]
-    torch.testing.assert_close(losses(name, tmp_path), wanted, rtol=0.01, atol=0.0)
+    """Two runs part: the gradients of embedding and attention are not equal to the bit, and experts change hands.
+
+    After 20 steps a single loss may be 7% off, where one run has a spike that the other has a step later.
+    """
+    found, wanted = losses(name, tmp_path), json.loads(GOLDEN.read_text())["losses"][name]
+    torch.testing.assert_close(found[:20], wanted[:20], rtol=0.01, atol=0.0)
+    torch.testing.assert_close(means_of_ten(found), means_of_ten(wanted), rtol=0.05, atol=0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +107,9 @@ def test_losses_fall_and_repeat_on_a_cpu(name: str, tmp_path: Path) -> None:
 
 
 def write(found: dict[str, list[float]]) -> None:
-    found = {name: [round(loss, 5) for loss in found[name]] for name in NAMES}
+    """Of the recipes found; the others stay."""
+    before = json.loads(GOLDEN.read_text())["losses"] if GOLDEN.exists() else {}
+    found = before | {name: [round(loss, 5) for loss in numbers] for name, numbers in found.items()}
     context = {"command": "python tests/recipes/test_golden_losses.py", "gpu": HERE, "torch": torch.__version__}
     text = json.dumps(context | {"losses": found}, indent=1)
     GOLDEN.parent.mkdir(exist_ok=True)
@@ -105,4 +118,4 @@ def write(found: dict[str, list[float]]) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        write({name: losses(name, Path(folder)) for name in NAMES})
+        write({name: losses(name, Path(folder)) for name in sys.argv[1:] or NAMES})

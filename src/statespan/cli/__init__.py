@@ -10,6 +10,7 @@ from importlib import import_module
 
 from statespan import __version__
 from statespan.cli.arguments import Command
+from statespan.cli.out_of_memory import out_of_memory
 from statespan.errors import UnknownName, UserError
 
 # Each name is a module of this package that holds COMMAND; it is imported when needed.
@@ -52,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         statespan 0.1.0
         0
     """
+    words = sys.argv[1:] if argv is None else argv
     try:
-        dispatch(sys.argv[1:] if argv is None else argv)
+        dispatch(words)
         sys.stdout.flush()
     except UserError as error:
         return complain(str(error))
@@ -66,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         return complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except RuntimeError as error:
+        if (line := out_of_memory(error, *words[:1])) is None:
+            raise
+        return complain(line)
     return 0
 
 
