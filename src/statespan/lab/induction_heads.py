@@ -27,6 +27,7 @@ PUBLISHED = {  # percent at 2^6, 2^7, ..; arXiv 2312.00752, table 11; attention 
     "attention_rope": (100, 100, 100, 83.6, 31.3, 18.4, 8.6, 9.0, 5.5),
     "h3": (100, 100, 100, 80.9, 39.5, 23.8, 14.8, 8.2, 5.9, 6.6, 8.2, 4.7, 8.2, 6.3, 7.4),
 }
+LATE = "at 3e-3 one of three seeds never begins, the others are right throughout; at 1e-3 all begin and hold to 2^11"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,8 @@ def report(setting: InductionSetting, rows: Sequence[Row]) -> Findings:
         (f"and up to {longest:,}", longest),
     ):
         least = min(found("mamba", 1, most), default=None)
-        checks.append(Check(text, None if least is None else least >= 99, table.told({"least": least}, 0), "100"))
+        ours = table.told({"least": least}, 0)
+        checks.append(Check(text, None if least is None else least >= 99, ours, "100", LATE))
     far = 8 * setting.length
     for variant in ("attention_rope", "attention_learned", "s4d_in_mamba", "h3", "lstm"):
         if variant in present:
