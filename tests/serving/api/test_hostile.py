@@ -28,6 +28,13 @@ def test_hostile_bodies(server: Any, model: LanguageModel) -> None:
     assert reply["choices"][0]["text"] == generate(model, "Hello", max_new_tokens=8, temperature=0).text
 
 
+def test_a_long_name_is_not_repeated_in_full(server: Any) -> None:
+    reply = server.post("completions", prompt="a", logit_bias={"a" * 5000: 101})
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and len(error["message"]) < 620 and len(error["param"]) < 620
+    assert error["message"].startswith("logit_bias.aaa") and error["message"].endswith("less than or equal to 100")
+
+
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_the_apis_own_description(server: Any, mode: GenerationMode) -> None:
     """schemathesis makes requests from /openapi.json, right and wrong ones, and holds the replies against it."""

@@ -24,6 +24,7 @@ KINDS = {
     500: "server_error",
     503: "server_error",
 }
+LONGEST = 600  # characters of a message: names of fields may be a client's own
 MESSAGES = {404: "there is no such page", 405: "this page does not know that method"}
 
 
@@ -45,12 +46,18 @@ class ApiError(HTTPException):
     def body(self) -> dict[str, Any]:
         """The error object."""
         kind = KINDS.get(self.status_code, "invalid_request_error")
-        message = " ".join(str(self.detail).split())
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        message, param = shortened(" ".join(str(self.detail).split())), self.param and shortened(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> Response:
         """The whole reply."""
         return Response(dump(self.body()), self.status_code, self.headers, media_type="application/json")
+
+
+def shortened(text: str) -> str:
+    """The text with its middle left out where it is long: the end says what is wrong."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} .. {text[-half:]}"
 
 
 def api_error(error: Exception) -> ApiError:
