@@ -90,7 +90,7 @@ class _Graph:
     def __init__(
         self, decoder: VerifyDecoder, memory: Slabs, kept: Slabs, before: ModelState, after: ModelState
     ) -> None:
-        self._memory, self._kept, self._before, self._after = memory, kept, before, after
+        self._decoder, self._memory, self._kept, self._before, self._after = decoder, memory, kept, before, after
         self._ids = ids = torch.zeros(kept.num_rows, dtype=torch.int64, device=memory.device)
         self._run = decoder.captured(lambda: decoder(ids))
         self.logits = torch.empty(0)
@@ -110,8 +110,7 @@ class _Graph:
 
     def __call__(self, rows: Sequence[Sequence[int]], wanted: Sequence[int], state: ModelState) -> "_Graph":
         size = self._kept.num_rows // self._memory.num_rows
-        ids = torch.tensor([token for row in rows for token in (*row, *[0] * (size - len(row)))])
-        self._ids.copy_(ids.pin_memory(), non_blocking=True)
+        self._ids.copy_(torch.tensor(self._decoder.filled(rows)).pin_memory(), non_blocking=True)
         if state is not self._before:
             torch._foreach_copy_(_tensors(self._before), _tensors(state))  # type: ignore[reportPrivateImportUsage]  # one launch; its only name
         logits = self._run().unflatten(0, (-1, size))
@@ -120,13 +119,12 @@ class _Graph:
         return self
 
     def commit(self, true: Sequence[int]) -> tuple[ModelState, list[int]]:
-        batch = self._memory.num_rows
-        sources = [(count - 1) * batch + row for row, count in enumerate(true)]
-        self._memory.take_rows(range(batch), self._kept, sources)
+        sources = [self._decoder.kept_after(row, count) for row, count in enumerate(true)]
+        self._memory.take_rows(range(len(true)), self._kept, sources)
         return self._before, list(true)
 
     def state_after(self, row: int, ids: Sequence[int]) -> ModelState:
-        return self._after.select(torch.tensor([(len(ids) - 1) * self._memory.num_rows + row]))
+        return self._after.select(torch.tensor([self._decoder.kept_after(row, len(ids))]))
 
 
 @dataclass(frozen=True)

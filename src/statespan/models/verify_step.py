@@ -84,6 +84,14 @@ class VerifyDecoder(Decoder):
         if not self.captures:
             raise NoVerifyStep("a CUDA graph cannot hold the steps")
 
+    def filled(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        """The tokens of the first rows as they are fed, short rows filled up."""
+        return [token for row in rows for token in (*row, *[0] * (self._num_tokens - len(row)))]
+
+    def kept_after(self, row: int, count: int) -> int:
+        """Which state in `kept` is that of a row after its first `count` tokens."""
+        return (count - 1) * self._num_rows + row
+
     def _add_stack(self, pairs: Sequence[tuple[Block, State | None]]) -> bool:
         return False
 

@@ -81,7 +81,7 @@ class Verify:
             if decoder is None:
                 self._captures, self._kept = False, None
                 return None
-            self._graphs[num_rows] = _Graph(runner, decoder, self._kept, num_rows, self._num_tokens)
+            self._graphs[num_rows] = _Graph(runner, decoder, self._kept, self._num_tokens)
         return self._graphs[num_rows]
 
     def _launch(self, fed: Sequence[Sequence[int]], wanted: Sequence[int]) -> Verified:
@@ -121,20 +121,19 @@ class _Launched:
 class _Graph:
     """A forward of equally long rows over the pool's own memory; what fills a row up is never committed."""
 
-    def __init__(self, runner: Runner, decoder: VerifyDecoder, kept: Slabs, num_rows: int, num_tokens: int) -> None:
-        self._runner, self._kept, self._shape = runner, kept, (num_rows, num_tokens)
-        ids = self._ids = torch.zeros(num_rows * num_tokens, dtype=torch.int64, device=runner.model.device)
+    def __init__(self, runner: Runner, decoder: VerifyDecoder, kept: Slabs, num_tokens: int) -> None:
+        self._runner, self._decoder, self._kept, self._num_tokens = runner, decoder, kept, num_tokens
+        ids = self._ids = torch.zeros(decoder.batch_size, dtype=torch.int64, device=runner.model.device)
         self._run = decoder.captured(lambda: decoder(ids).float())
         self.logits = torch.empty(0)
 
     def __call__(self, fed: Sequence[Sequence[int]], wanted: Sequence[int]) -> "_Graph":
-        num_tokens, device = self._shape[1], self._ids.device
-        ids = [token for row in fed for token in (*row, *[0] * (num_tokens - len(row)))]
-        self._ids[: len(ids)].copy_(to_device(ids, torch.int64, device))
+        ids = self._decoder.filled(fed)
+        self._ids[: len(ids)].copy_(to_device(ids, torch.int64, self._ids.device))
         self._runner.activate(len(fed))
         self._runner.pool.zero_fresh(len(fed))
         places = [
-            row * num_tokens + place
+            row * self._num_tokens + place
             for row, count in enumerate(wanted)
             for place in range(len(fed[row]) - count, len(fed[row]))
         ]
@@ -144,7 +143,7 @@ class _Graph:
     @torch.inference_mode()
     def commit(self, true: Mapping[int, int]) -> None:
         if true:
-            sources = [(count - 1) * self._shape[0] + row for row, count in true.items()]
+            sources = [self._decoder.kept_after(row, count) for row, count in true.items()]
             self._runner.pool.take(list(true), self._kept, sources, list(true.values()))
 
 

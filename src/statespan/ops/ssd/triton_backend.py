@@ -405,7 +405,7 @@ def padded(inputs: Inputs, sizes: Sizes) -> Inputs:
 
 def _cut(value: Tensor, shape: torch.Size) -> Tensor:
     """What was there before it was padded."""
-    return value[tuple(slice(size) for size in shape)].contiguous()
+    return (value if value.shape == shape else value[tuple(map(slice, shape))]).contiguous()
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
