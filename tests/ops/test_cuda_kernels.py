@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from statespan.ops.causal_conv1d import in_block_cuda as conv
+from statespan.ops.causal_conv1d import cuda_backend as conv
 from statespan.ops.cuda_kernels import compiler
 from statespan.ops.sampling_edge import cuda_backend as edge
 from statespan.ops.selective_scan import cuda_plan
@@ -82,17 +82,17 @@ def test_the_scan_compiles(case: str, arch: str) -> None:
     for form in work.forms if arch == "sm_90" else work.forms[:1]:
         macros, shared_bytes = work.forward_macros(form, keep_starts=True), work.shared_bytes(form)
         check("forward", arch, macros, shared_bytes, SHARED_BYTES_OF[arch])
-    if case == "plain":
-        form = cuda_plan.FORM_OF_SPLITS
+    if case in ("plain", "8 states"):
+        form, _ = cuda_plan.FORMS_OF_SPLITS[work.padded]
         check("forward", arch, work.forward_macros(form, keep_starts=True), work.shared_bytes(form))
     states = min(8, work.padded // 2)
     check("summary", arch, work.summary_macros(states, REVERSE=0, MM=work.inputs["BM"]))
     check("summary", arch, work.summary_macros(states, REVERSE=1, MM=work.inputs["CM"]))
-    _, macros, shared_bytes, _ = work.backward_shape()
-    for chained in (0, 1) if case == "plain" else (0,):
-        check("backward", arch, (*macros, ("CHAINED", chained)), shared_bytes)
-    if work.plain and work.padded == 16:
-        check("backward", arch, (*work.backward_shape(keeps_decays=True)[1], ("CHAINED", 0)), shared_bytes)
+    forms = [cuda_plan.IN_TURN if work.plain and work.padded <= 16 else cuda_plan.IN_TURN._replace(resident=2)]
+    forms += [cuda_plan.WITH_DECAYS] if work.plain and work.padded == 16 else []
+    for form in forms:
+        for chained in (0, 1) if case == "plain" and form == cuda_plan.IN_TURN else (0,):
+            check("backward", arch, (*work.backward_macros(form), ("CHAINED", chained)), work.backward_bytes(form))
 
 
 @pytest.mark.parametrize("size", [9, 50280, 131072, 262144])
@@ -124,20 +124,61 @@ def test_the_forward_is_planned_within_shared_memory(channels, length, dtype, ro
 
 
 @pytest.mark.parametrize(
-    ("channels", "length", "form"),
-    [(1536, 16384, (2, 16)), (5120, 2048, (2, 40)), (8192, 32768, (4, 32)), (40960, 2048, (8, 64))],
+    ("states", "channels", "length", "form"),
+    [
+        *(
+            (16, 1536, 16384, (2, 16)),
+            (16, 5120, 2048, (2, 40)),
+            (16, 8192, 32768, (4, 32)),
+            (16, 40960, 2048, (8, 64)),
+        ),
+        *((8, 2048, 16384, (1, 16)), (8, 8192, 2048, (4, 32)), (8, 40960, 2048, (4, 64))),
+    ],
 )
-def test_the_form_that_was_measured_to_be_soonest_done_is_taken(channels, length, form, monkeypatch) -> None:
+def test_the_form_that_was_measured_to_be_soonest_done_is_taken(states, channels, length, form, monkeypatch) -> None:
     """States of a thread and channels of a block on an H100, whose tokens are divided for fewer channels only."""
     monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(cuda_plan, "shared_memory", lambda device: 227 * 1024)
-    work = scan(channels=channels)
+    work = scan(states, channels)
     work.length = length
     assert work.forward_plan()[0][:2] == form
     assert work.forward_plan()[1] == length
-    work = scan(channels=768)
+    work = scan(states, channels=768)
     work.length = length
     assert work.forward_plan()[1] < length
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "length", "hopper", "other"),
+    [
+        (8, 2048, 2048, ("ROLES", 2048, False), ("WITH_DECAYS", 2048, False)),
+        (2, 8192, 8192, ("ROLES", 8192, False), ("WITH_DECAYS", 8192, False)),
+        (16, 1536, 2048, ("IN_TURN", 2048, False), ("IN_TURN", 2048, False)),
+        (8, 5120, 2048, ("IN_TURN", 256, True), ("IN_TURN", 256, True)),
+        (1, 2048, 16384, ("ROLES", 2048, False), ("IN_TURN", 448, False)),
+    ],
+)
+def test_the_backward_is_planned_as_measured(batch, channels, length, hopper, other, monkeypatch) -> None:
+    """How a block is made, tokens of a split, and whether splits wait for each other, with 132 multiprocessors."""
+    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 132)
+    for is_hopper, (form, *expected) in ((True, hopper), (False, other)):
+        monkeypatch.setattr(cuda_plan, "hands_over_registers", lambda device, answer=is_hopper: answer)
+        work = scan(channels=channels)
+        work.length = length
+        assert work.backward_plan(batch * channels // 64) == (getattr(cuda_plan, form), *expected)
+
+
+def test_a_backward_in_roles_compiles_for_what_it_is_loaded_as(monkeypatch) -> None:
+    launched = set()
+    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda_plan, "hands_over_registers", lambda device: True)
+    monkeypatch.setattr(cuda_plan.Kernel, "launch", lambda kernel, *sizes: launched.add((kernel.suffix, sizes[3])))
+    work = scan(channels=2048)
+    work.batch, work.length = 8, 2048
+    work.backward()
+    ((suffix, macros),) = launched  # of the main kernel and the sums alike
+    assert dict(macros)["ROLES"] == 1
+    check("backward", f"sm_90{suffix}", macros, 2 * (work.backward_bytes(cuda_plan.ROLES) + 1024), (227 + 1) * 1024)
 
 
 def test_rows_that_do_not_begin_at_16_bytes_take_narrow_loads() -> None:
@@ -191,12 +232,36 @@ def test_headers_are_put_in_their_places() -> None:
     assert all(name in text for name in (": 16) Vector {", "struct Rows {", "scan_forward"))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("inner", "taps"), [(80, 4), (96, 4), (160, 4), (192, 2)])
-def test_the_gradients_of_the_conv_compile(inner, taps, arch) -> None:
+CONVOLUTIONS = {
+    "plain": {},
+    "segments": {"segments": torch.int64, "initial": True},
+    "float32": {"dtype": torch.float32, "segments": torch.int32},
+    "odd": {"size": (1, 4, 67), "rows": (67, 71, 67), "aligned": False, "biased": False, "silu": False},
+    "one tap": {"taps": 1},
+    "eight taps": {"taps": 8, "segments": torch.int64},
+    "through 80": {"inner": 80},
+    "through 96": {"inner": 96, "segments": torch.int64},
+    "through 160": {"inner": 160, "initial": True},
+    "through 192": {"inner": 192, "taps": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [(case, arch) for case in CONVOLUTIONS for arch in (ARCHS if case in ("plain", "through 96") else ["sm_90"])],
+)
+def test_the_conv_compiles(case, arch) -> None:
+    plain = {
+        **{"device": torch.device("cuda", 0), "size": (1, 4, 256), "dtype": torch.bfloat16, "taps": 4, "inner": 0},
+        **{"rows": (512, 256, 512), "biased": True, "silu": True, "segments": None, "initial": False, "aligned": True},
+    }
+    backward = conv.Layout(**{**plain, **CONVOLUTIONS[case]})
     log: list[str] = []
-    macros = conv.macros_of(256, inner, taps, True, (512, 512))
-    compiler.compile_cubin(Path(conv.__file__).parent / "in_block.cu", arch, dict(macros), log)
+    folder = Path(conv.__file__).parent
+    compiler.compile_cubin(folder / "backward.cu", arch, dict(backward.macros), log)
+    if backward.inner == 0:
+        forward = backward._replace(rows=backward.rows[:1])
+        compiler.compile_cubin(folder / "forward.cu", arch, dict(forward.macros), log)
     spills = max(int(count) for count in re.findall(r"(\d+) bytes spill stores", "".join(log)))
     assert spills <= (96 if arch in ("sm_100", "sm_120") else 0)
     assert max(int(count) for count in re.findall(r"(\d+) bytes smem", "".join(log))) <= STATIC_BYTES

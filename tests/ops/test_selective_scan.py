@@ -425,13 +425,26 @@ def planned_anew() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("form", (*cuda_plan.FORMS[16], cuda_plan.FORM_OF_SPLITS), ids=lambda form: f"{form[:3]}")
+@pytest.mark.parametrize(
+    ("states", "form"),
+    [
+        (states, form)
+        for states, (split, _) in cuda_plan.FORMS_OF_SPLITS.items()
+        for form in (*cuda_plan.FORMS[states], split)
+    ],
+    ids=lambda value: f"{value[:3]}" if isinstance(value, tuple) else str(value),
+)
 @pytest.mark.parametrize("backend", GPU[:1])
 def test_every_form_of_the_forward(
-    form: cuda_plan.Form, segmented: bool, backend: str, planned_anew: None, monkeypatch: pytest.MonkeyPatch
+    states: int,
+    form: cuda_plan.Form,
+    segmented: bool,
+    backend: str,
+    planned_anew: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cuda_plan.Scan, "forward_plan", lambda work: (form, -(-work.length // 64) * 64))
-    inputs = make(2, 333, 136, 1, 16, torch.bfloat16)
+    inputs = make(2, 333, 136, 1, states, torch.bfloat16)
     segments = torch.where(torch.rand(2, 333) < 0.1, -1, torch.arange(333) // 50) if segmented else None
     check_halves(inputs, segments=segments)
 
@@ -459,18 +472,24 @@ def test_splits_that_wait_for_each_other(
     assert made[-1].chained and made[-1].splits == 6
 
 
+@pytest.mark.parametrize("form", [cuda_plan.ROLES, cuda_plan.WITH_DECAYS], ids=["roles", "decays"])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("backend", GPU[:1])
-def test_decays_that_stay_in_registers(backend: str, planned_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a multiprocessor gets two blocks of the backward."""
-    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 4)
-    monkeypatch.setattr(cuda_plan, "CHUNK_WITH_DECAYS", 0.0)
-    asked = []
-    shape = cuda_plan.Scan.backward_shape
-    monkeypatch.setattr(
-        cuda_plan.Scan, "backward_shape", lambda work, **options: asked.append(options) or shape(work, **options)
-    )
-    check_halves(make(2, 333, 136, 1, 16, torch.bfloat16))
-    assert asked[-1] == {"keeps_decays": True}
+def test_every_form_of_the_backward(
+    form: cuda_plan.BackwardForm,
+    segmented: bool,
+    splits: int,
+    backend: str,
+    planned_anew: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a multiprocessor gets two blocks."""
+    if form.roles and not cuda_plan.hands_over_registers(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("such registers are handed over on Hopper only")
+    monkeypatch.setattr(cuda_plan.Scan, "backward_plan", lambda work, number: (form, 384 // splits, False))
+    segments = torch.where(torch.rand(2, 333) < 0.1, -1, torch.arange(333) // 50) if segmented else None
+    check_halves(make(2, 333, 136, 1, 16, torch.bfloat16), segments=segments)
 
 
 @pytest.mark.parametrize("backend", GPU)

@@ -7,6 +7,7 @@ depends on: the text, the macros, the kind of GPU and NVRTC's version. No header
 import hashlib
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -17,12 +18,14 @@ from statespan.errors import BackendUnavailable, first_line
 from statespan.ops.kernel_cache import announce, cache_directory, store
 
 HERE = Path(__file__).parent
+_importing = threading.Lock()  # cuda.core's parts import each other: two threads at once would see it half made
 
 
 @cache
 def cuda_core() -> Any:
     """The module cuda.core; its names come from compiled code that type checkers do not see."""
-    return import_module("cuda.core")
+    with _importing:
+        return import_module("cuda.core")
 
 
 @cache

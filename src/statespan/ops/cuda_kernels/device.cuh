@@ -54,6 +54,7 @@ template <int V> struct alignas(4 * V < 16 ? 4 * V : 16) Vector<float, V> {
     }
 };
 
+INLINE u32 bits(u32 word) { return word; }
 INLINE u32 bits(float x) { return __float_as_uint(x); }
 INLINE u32 bits(bfloat16 x) { return x.bits; }
 INLINE u32 bits(float16 x) { return x.bits; }
@@ -72,9 +73,22 @@ template <bool WIDE, class T, int V> INLINE void load(Vector<T, V>& vector, cons
     }
 }
 
+// To global memory. WIDE: as load, in as few instructions as there can be; the compiler stores a Vector word by word.
 template <bool WIDE, class T, int V> INLINE void store(T* to, const Vector<T, V>& vector, int count) {
-    if (WIDE) {
-        if (count > 0) *reinterpret_cast<Vector<T, V>*>(to) = vector;
+    if constexpr (WIDE) {
+        constexpr int WORDS = int(sizeof(vector)) / 4;
+        u32 words[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) words[i] = bits(vector.words[i]);
+        u32* at = reinterpret_cast<u32*>(to);
+        if (count <= 0) return;
+        if constexpr (WORDS == 1) *at = words[0];
+        if constexpr (WORDS == 2) asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(words[0]), "r"(words[1]) : "memory");
+#pragma unroll
+        for (int i = 0; i + 4 <= WORDS; i += 4)
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at + i), "r"(words[i]), "r"(words[i + 1]),
+                         "r"(words[i + 2]), "r"(words[i + 3])
+                         : "memory");
     } else if constexpr (sizeof(T) == 4) {
 #pragma unroll
         for (int v = 0; v < V; v++)
@@ -138,13 +152,8 @@ INLINE float log1p_(float e) {
     return e * series;
 }
 
-// log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), and its derivative, the sigmoid of x.
+// log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)); its derivative is the sigmoid of x.
 INLINE float softplus(float x) { return fmaxf(x, 0.0f) + log1p_(exp2_(-LOG2E * fabsf(x))); }
-INLINE float softplus(float x, float& derivative) {
-    float e = exp2_(-LOG2E * fabsf(x)), upper = reciprocal(1.0f + e);
-    derivative = x >= 0.0f ? upper : e * upper;
-    return fmaxf(x, 0.0f) + log1p_(e);
-}
 
 // Sums COUNT values over LANES lanes that are STRIDE apart, in log2(LANES) rounds that halve the values as they go.
 // Lane `index` of the group ends with the sums COUNT/LANES*index, ... in its first COUNT/LANES places; where there

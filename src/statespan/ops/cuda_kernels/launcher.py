@@ -1,5 +1,7 @@
 """A compiled kernel on a device, called with addresses and integers."""
 
+import ctypes
+import struct
 import threading
 from functools import cache
 from importlib import import_module
@@ -28,10 +30,13 @@ def address(tensor: Tensor | None) -> int:
 
 
 class Kernel:
-    """A kernel `extern "C"` of a file; `shared_bytes` of dynamic shared memory, as much as the kind of GPU has."""
+    """A kernel `extern "C"` of a file; `shared_bytes` of dynamic shared memory, as much as the kind of GPU has.
 
-    def __init__(self, file: Path, name: str) -> None:
-        self.file, self._name = file, name
+    With own_instructions it is compiled for "sm_90a" and the like: with instructions of one kind of GPU only.
+    """
+
+    def __init__(self, file: Path, name: str, own_instructions: bool = False) -> None:
+        self.file, self._name, self.suffix = file, name, "a" if own_instructions else ""
         self._loaded: dict[tuple[int, Macros], Any] = {}
 
     def launch(
@@ -46,12 +51,11 @@ class Kernel:
         key = (device.index, macros)
         if key not in self._loaded:
             self._loaded[key] = self._load(*key, shared_bytes)
-        config = cuda_core().LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
-        return Launch(device.index, self._loaded[key], config)
+        return Launch(self._name, device.index, self._loaded[key], (*grid, threads, 1, 1, shared_bytes))
 
     def _load(self, device: int, macros: Macros, shared_bytes: int) -> Any:
         major, minor = torch.cuda.get_device_capability(device)
-        code = cubin(self.file, f"sm_{major}{minor}", dict(macros))
+        code = cubin(self.file, f"sm_{major}{minor}{self.suffix}", dict(macros))
         try:
             with torch.cuda.device(device):
                 kernel = cuda_core().ObjectCode.from_cubin(code).get_kernel(self._name)
@@ -65,25 +69,59 @@ class Kernel:
 
 
 class Launch:
-    """A call passes every argument as 8 bytes: addresses, and integers as int64.
+    """A call passes every argument as 8 bytes: addresses, and integers as int64; always as many.
 
-    It launches on PyTorch's current stream of the device and returns at once.
+    It launches on PyTorch's current stream of the device and returns at once. The arguments go to the driver from
+    memory that stays: `cuda.core.launch` makes an object of each, which takes several times as long.
     """
 
-    def __init__(self, device: int, kernel: Any, config: Any) -> None:
-        self._device, self._kernel, self._config, self._launch = device, kernel, config, cuda_core().launch
+    def __init__(self, name: str, device: int, kernel: Any, sizes: tuple[int, ...]) -> None:
+        self._name, self._device, self._kernel, self._sizes = name, device, kernel, sizes
+        self._function = _driver().CUfunction(int(kernel.handle))
+        self._launch, self._success = _driver().cuLaunchKernel, _driver().CUresult.CUDA_SUCCESS
+        self._lock = threading.Lock()  # the driver copies the arguments before it returns
+        self._arguments: Any = None
 
     def __call__(self, *arguments: int) -> None:
         """Launch the kernel."""
         device = self._device
         if device not in _entered.__dict__:
             _enter(device)
-        stream = _stream(torch.cuda.current_stream(device).cuda_stream, device)
-        if device == torch.cuda.current_device():
-            self._launch(stream, self._config, self._kernel, *arguments)
-        else:
+        if device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(stream, self._config, self._kernel, *arguments)
+                return self(*arguments)
+        with self._lock:
+            if self._arguments is None:
+                self._arguments = _Arguments(len(arguments))
+            (status,) = self._launch(
+                self._function, *self._sizes, current_stream(device), self._arguments.place(arguments), 0
+            )
+        if status != self._success:
+            kind = torch.OutOfMemoryError if "OUT_OF_MEMORY" in status.name else RuntimeError
+            raise kind(f"{self._name}: {status.name}")
+        return None
+
+
+class _Arguments:
+    """Room for as many values of 8 bytes, and the list of their places that the driver takes."""
+
+    def __init__(self, count: int) -> None:
+        self._values = (ctypes.c_int64 * count)()
+        at = ctypes.addressof(self._values)
+        self._places = (ctypes.c_void_p * count)(*range(at, at + 8 * count, 8))
+        self._address = ctypes.addressof(self._places)
+        self._write = struct.Struct(f"{count}q").pack_into
+
+    def place(self, arguments: tuple[int, ...]) -> int:
+        """Write the values; the list's address."""
+        self._write(self._values, 0, *arguments)
+        return self._address
+
+
+def current_stream(device: int) -> Any:
+    """PyTorch's current stream of the device, as the driver knows it."""
+    # torch.cuda.current_stream makes an object at each call, which takes 3 us.
+    return _stream(torch._C._cuda_getCurrentRawStream(device))
 
 
 _entered: Any = threading.local()
@@ -97,13 +135,18 @@ def _enter(device: int) -> None:
 
 
 @cache
-def _stream(handle: int, device: int) -> Any:
-    return cuda_core().Stream.from_handle(handle)
+def _stream(handle: int) -> Any:
+    return _driver().CUstream(handle)
+
+
+@cache
+def _driver() -> Any:
+    return import_module("cuda.bindings.driver")
 
 
 def _allow_shared(kernel: Any, count: int, device: int) -> None:
     """More dynamic shared memory than the 48 KiB of static and dynamic together that a block gets without asking."""
-    driver = import_module("cuda.bindings.driver")
+    driver = _driver()
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (error,) = driver.cuKernelSetAttribute(limit, count, driver.CUkernel(int(kernel.handle)), driver.CUdevice(device))
     if error != driver.CUresult.CUDA_SUCCESS:

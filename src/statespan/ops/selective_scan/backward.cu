@@ -5,53 +5,58 @@
 // Sums over blocks are taken in `partial`: always in the same order. CHAINED: there are more tiles than blocks at once; a
 // split then waits for the one behind it, which began long before, and takes the gradient that it got to (`passed`;
 // `progress` counts splits that are done, 0 at first).
-// The threads of a block bring a piece from memory, make of it what the walk reads, walk, and write the results, in turn.
-// Macros: see scan.cuh and backward.cuh, and BLOCKS, CHAINED, SHARED_BYTES.
+// THREADS threads bring a piece from memory, make of it what the walk reads, and write its results; the first THREADS
+// walk. These are the same, in turn, or with ROLES others, which walk a piece while the next is made and the one before
+// written, with registers that the others hand over.
+// Macros: see scan.cuh and backward.cuh, and BLOCKS, CHAINED, ROLES, SHARED_BYTES.
 
 #include "scan.cuh"
 #include "backward.cuh"
 
-constexpr int WIDTH = 4;  // channels that a thread brings at once
+constexpr int WIDTH = 4;                                // channels that a thread brings at once
+constexpr int BUFFERS = ROLES ? 2 : 1;                  // pieces that are made, walked or written at once
+constexpr int DEPTH = 2, RING = ROLES ? DEPTH + 3 : 2;  // pieces on their way with ROLES; those whose inputs are at hand
+constexpr int BRINGING_REGISTERS = 80, WALKING_REGISTERS = 176;  // 128 on average: two blocks of twice THREADS
 constexpr int VECTORS = PIECE * CHANNELS / WIDTH, PER_TOKEN = CHANNELS / WIDTH;
 static_assert(VECTORS <= THREADS && THREADS % PER_TOKEN == 0);
 
 struct Shared {
-    Piece piece;
+    Piece pieces[BUFFERS];
     alignas(16) States kept[PIECES * KC * THREADS];  // the state before each piece, for each thread
     alignas(16) float skips[CHANNELS], biases[CHANNELS];
     Vector<float, WIDTH> sums_skip[VECTORS], sums_bias[VECTORS];
     // What comes from memory while the piece before it is walked. All but dt, B and C are needed until a piece is written.
-    Vector<U, WIDTH> u[2][VECTORS], g[2][VECTORS];
-    Vector<DT, WIDTH> dt[2][VECTORS];
-    Vector<Z, WIDTH> z[2][HAS_Z ? VECTORS : 1];
-    Vector<BM, 8> B[2][BC::VECTORS];
-    Vector<CM, 8> C[2][BC::VECTORS];
+    Vector<U, WIDTH> u[RING][VECTORS], g[RING][VECTORS];
+    Vector<DT, WIDTH> dt[RING][VECTORS];
+    Vector<Z, WIDTH> z[RING][HAS_Z ? VECTORS : 1];
+    Vector<BM, 8> B[RING][BC::VECTORS];
+    Vector<CM, 8> C[RING][BC::VECTORS];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES);
 
 // A chunk's pieces in their order: on from the first to the last but one, then back from the last to the first.
 struct Item {
-    int chunk, pieces, index = 0, slot = 0;
+    int chunk, pieces, index = 0, slot = 0, buffer = 0;
 
     INLINE Item(int chunk, int length) : chunk(chunk), pieces((min(EVERY, length - chunk) + PIECE - 1) / PIECE) {}
     INLINE bool back() const { return index >= pieces - 1; }
     INLINE int piece() const { return back() ? 2 * pieces - 2 - index : index; }
     INLINE int begin() const { return chunk + piece() * PIECE; }
     INLINE void advance() {
-        slot ^= 1;
+        slot = slot + 1 < RING ? slot + 1 : 0, buffer = BUFFERS - 1 - buffer;
         if (++index > 2 * pieces - 2) chunk -= EVERY, pieces = PIECES, index = 0;
     }
 };
 
 // For each order, the rows of B (and C) from `slots`; by THREADS threads together, each one or a few of the orders.
 template <int MATRICES, class Copy, class... T>
-INLINE void stage_orders(float* rows, Copy copy, const Vector<T, 8>*... slots) {
+INLINE void stage_orders(int me, float* rows, Copy copy, const Vector<T, 8>*... slots) {
     using Of = Rows<PIECE, MATRICES>;
     constexpr int COUNT = PIECE * LANES, AT_ONCE = THREADS / COUNT;
     constexpr int TOGETHER = AT_ONCE > COPIES ? COPIES : AT_ONCE ? AT_ONCE : 1;
 #pragma unroll
     for (int begin = 0; begin < COUNT * TOGETHER; begin += THREADS) {
-        int item = begin + threadIdx.x, mine = item / COUNT, vector = item % COUNT, matrix = 0;
+        int item = begin + me, mine = item / COUNT, vector = item % COUNT, matrix = 0;
         if (COUNT * TOGETHER % THREADS && item >= COUNT * TOGETHER) continue;
         ([&] {
             auto part = reinterpret_cast<const Vector<T, S>*>(slots)[vector];
@@ -84,19 +89,13 @@ INLINE float from_others(const float* from) {  // as it is in memory now
     return value;
 }
 
-// The element `t` strides behind; rows are close enough that a stride in bytes has 32 bits.
-template <class T> INLINE T* at_row(T* from, int t, i64 stride) {
-    i64 result;
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(t), "r"(int(stride) * int(sizeof(T))), "l"(from));
-    return reinterpret_cast<T*>(result);
-}
 template <class T> INLINE void put(T* to, const float (&values)[WIDTH], int count) {
     Vector<T, WIDTH> vector;
     vector.set(values);
-    store_together<ALIGNED>(to, vector, count);
+    store<ALIGNED>(to, vector, count);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
+extern "C" __global__ void __launch_bounds__(ROLES ? 2 * THREADS : THREADS, RESIDENT) scan_backward(
     const U* __restrict__ u, i64 u_b, i64 u_t, const DT* __restrict__ dt, i64 dt_b, i64 dt_t, const Z* __restrict__ z,
     i64 z_b, i64 z_t, const BM* __restrict__ B, i64 B_b, i64 B_t, i64 B_g, const CM* __restrict__ C, i64 C_b, i64 C_t,
     i64 C_g, const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
@@ -107,7 +106,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
     float* passed, u32* progress, i64 length_, i64 channels, i64 groups) {
     extern __shared__ float4 dynamic[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    Piece& piece = shared.piece;
 
     int length = int(length_), split = int(split_);
     i64 channels_a_group = channels / groups, tiles = (channels_a_group + CHANNELS - 1) / CHANNELS;
@@ -119,7 +117,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
     float* partial_B = partial + block * 2 * of_matrix + batch * length * of_token + group * STATES;
     float* partial_C = partial_B + of_matrix;
     B += batch * B_b + group * B_g, C += batch * C_b + group * C_g;
-    starts += batch * ((length + EVERY - 1) / EVERY) * channels * STATES;
     if (SEGMENTS) marks += batch * length;
     if (CHAINED) {  // blocks begin in order, z last: nobody waits for one that cannot begin
         if (threadIdx.x == 0)
@@ -127,7 +124,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
         __syncthreads();
     }
 
-    int me = threadIdx.x, my_token = me / PER_TOKEN, my_channel = me % PER_TOKEN * WIDTH;
+    int me = ROLES ? int(threadIdx.x) - THREADS : int(threadIdx.x);
+    int my_token = me / PER_TOKEN, my_channel = me % PER_TOKEN * WIDTH;
     bool brings = VECTORS == THREADS || me < VECTORS;
     auto real = [&](int t) { return t < length && !(SEGMENTS && marks[t] == PADDING); };
     auto mark = [&](int t) { return SEGMENTS && t < length ? marks[t] : 0; };
@@ -157,16 +155,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
     // What the walk reads of it; what only the way back reads is left out on the way on.
     auto stage = [&](const Item& item) {
         int slot = item.slot;
+        Piece& piece = shared.pieces[item.buffer];
         if (brings) {
             bool there = real(item.begin() + my_token);
             auto u_raw = shared.u[slot][me];
             auto dt_raw = shared.dt[slot][me];
             auto bias = *reinterpret_cast<const Vector<float, WIDTH>*>(shared.biases + my_channel);
-            float of_raw[WIDTH], sizes[WIDTH];
+            float raw[WIDTH], sizes[WIDTH];
 #pragma unroll
             for (int v = 0; v < WIDTH; v++) {
-                sizes[v] = dt_raw.get(v) + bias.get(v), of_raw[v] = 1.0f;
-                if (SOFTPLUS) sizes[v] = softplus(sizes[v], of_raw[v]);
+                raw[v] = dt_raw.get(v) + bias.get(v), sizes[v] = SOFTPLUS ? softplus(raw[v]) : raw[v];
                 sizes[v] = there ? sizes[v] : 0.0f;
             }
 #pragma unroll
@@ -176,13 +174,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
             if (item.back()) {
                 auto g_raw = shared.g[slot][me];
                 auto z_raw = shared.z[slot][HAS_Z ? me : 0];
-                float slopes[WIDTH];
+                float slopes[WIDTH], of_raw[WIDTH];
                 Vector<float, WIDTH> open;
 #pragma unroll
                 for (int v = 0; v < WIDTH; v++) {
                     float gate = HAS_Z ? z_raw.get(v) : 0.0f;
                     open.words[v] = HAS_Z ? sigmoid(gate) : 0.0f;
                     slopes[v] = g_raw.get(v) * (HAS_Z ? gate * open.get(v) : 1.0f);
+                    of_raw[v] = SOFTPLUS ? sigmoid(raw[v]) : 1.0f;
                 }
 #pragma unroll
                 for (int v = 0; v < WIDTH; v += 2)
@@ -192,14 +191,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
             }
         }
         if (item.back())
-            stage_orders<2>(piece.rows, copy_of_BC, shared.B[slot], shared.C[slot]);
+            stage_orders<2>(me, piece.rows, copy_of_BC, shared.B[slot], shared.C[slot]);
         else
-            stage_orders<1>(piece.rows, copy_of_B, shared.B[slot]);
+            stage_orders<1>(me, piece.rows, copy_of_B, shared.B[slot]);
         if (SEGMENTS && me < PIECE) piece.marks[me] = item.begin() + me < length ? marks[item.begin() + me] : PADDING;
     };
     // The gradients of a piece that has been walked back over. `more`: the block has added to those of B and C before.
     auto write = [&](const Item& item, i64 first, int count, bool more) {
         int slot = item.slot, t = item.begin() + my_token;
+        const Piece& piece = shared.pieces[item.buffer];
         if (brings && t < length && count > 0) {
             auto u_raw = shared.u[slot][me];
             auto g_raw = shared.g[slot][me];
@@ -259,58 +259,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
         }
     };
 
-    for (i64 tile = block * tiles_a_block; tile < min(tiles, (block + 1) * tiles_a_block); tile++) {
-        i64 first = group * channels_a_group + tile * CHANNELS;
-        int valid = int(min(i64(CHANNELS), channels_a_group - tile * CHANNELS)), count = min(WIDTH, valid - my_channel);
-        bool more = tile > block * tiles_a_block;
-        for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
+    i64 first;
+    int valid, count;  // channels of the tile, and of those that this thread brings
+    auto begin_tile = [&](i64 tile) {
+        first = group * channels_a_group + tile * CHANNELS;
+        valid = int(min(i64(CHANNELS), channels_a_group - tile * CHANNELS)), count = min(WIDTH, valid - my_channel);
+    };
+    auto begin_bringing = [&] {
+        for (int c = me; c < CHANNELS; c += THREADS) {
             shared.skips[c] = D && c < valid ? D[first + c] : 0.0f;
             shared.biases[c] = dt_bias && c < valid ? dt_bias[first + c] : 0.0f;
         }
         if (brings) shared.sums_skip[me] = shared.sums_bias[me] = {};
-        Walk walk(shared.kept);
-        walk.begin_tile(first, valid, A, [&](int at) {
-            i64 here = (CHAINED ? batch : batch * splits + my_split) * channels * STATES + at;
-            if (CHAINED && my_split + 1 < splits) return from_others(passed + here);
-            return carries ? carries[here] : 0.0f;
-        });
-        auto finish = [] {  // all of the next item is there, and all of this one has been walked
-            wait_for_copies();
-            __syncthreads();
-        };
-        Item item(last, length), next = item;
-        fetch(item, first, count);
-        walk.bring_start(starts + last / EVERY * channels * STATES, valid);
-        finish();
-        while (item.chunk >= from) {
-            stage(item);
-            __syncthreads();
-            next.advance();
-            fetch(next, first, count);
-            if (item.index == 0) walk.begin_chunk();
-            if (item.back()) {
-                if (item.piece() == 0 && item.chunk > from) walk.bring_start(starts + (item.chunk / EVERY - 1) * channels * STATES, valid);
-                walk.back(piece, item.piece());
-                finish();
-                write(item, first, count, more);
-            } else {
-                walk.on(piece);
-                walk.keep(item.piece() + 1);
-                finish();
-            }
-            item = next;
-        }
-
-        __syncthreads();
+    };
+    auto end_bringing = [&] {
         for (int index = me; index < 2 * CHANNELS; index += THREADS) {
             int c = index % CHANNELS;
             auto* sums = reinterpret_cast<const float*>(index < CHANNELS ? shared.sums_skip : shared.sums_bias);
             float sum = 0.0f;
 #pragma unroll
             for (int token = 0; token < PIECE; token++) sum += sums[token * CHANNELS + c];
-            if (c < valid) (index < CHANNELS ? grad_D : grad_bias)[(batch * splits + my_split) * channels + first + c] = sum;
+            if (c >= valid) continue;
+            (index < CHANNELS ? grad_D : grad_bias)[(batch * splits + my_split) * channels + first + c] = sum;
         }
-        __syncthreads();
+    };
+    auto start_of = [&](int chunk) {
+        return starts + i64(int(blockIdx.y) * ((length + EVERY - 1) / EVERY) + chunk / EVERY) * channels * STATES;
+    };
+    auto begin_walking = [&](Walk& walk) {
+        walk.begin_tile(first, valid, A, [&](int at) {
+            i64 here = (CHAINED ? batch : batch * splits + my_split) * channels * STATES + at;
+            if (CHAINED && my_split + 1 < splits) return from_others(passed + here);
+            return carries ? carries[here] : 0.0f;
+        });
+        walk.bring_start(start_of(last), valid);
+    };
+    auto walk_over = [&](Walk& walk, const Item& item) {
+        Piece& piece = shared.pieces[item.buffer];
+        if (item.index == 0) walk.begin_chunk();
+        if (item.back()) {
+            if (item.piece() == 0 && item.chunk > from) walk.bring_start(start_of(item.chunk - EVERY), valid);
+            walk.back(piece, item.piece());
+        } else {
+            walk.on(piece);
+            walk.keep(item.piece() + 1);
+        }
+    };
+    auto end_walking = [&](const Walk& walk) {
         i64 split_at = (batch * splits + my_split) * channels * STATES, batch_at = batch * channels * STATES;
 #pragma unroll
         for (int k = 0; k < KC; k++)
@@ -322,6 +317,77 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_backward(
                 if (CHAINED && my_split > 0) passed[batch_at + at] = walk.carry[k][i];
                 if (my_split == 0) grad_initial[batch_at + at] = walk.carry[k][i];
             }
+    };
+
+    if constexpr (ROLES) {  // each interval ends with a barrier: one item is made, one is walked and one is written
+        begin_tile(block);
+        if (threadIdx.x >= THREADS) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BRINGING_REGISTERS));
+            begin_bringing();
+            Item fetched(last, length), staged = fetched, written = fetched;
+            auto fetch_next = [&] {
+                fetch(fetched, first, count);
+                fetched.advance();
+                end_of_copies();
+            };
+#pragma unroll
+            for (int i = 0; i < DEPTH; i++) fetch_next();
+            wait_for_copies_but<DEPTH - 1>();
+            __syncthreads();
+            for (int interval = -1; written.chunk >= from; interval++) {
+                if (interval > 0) {
+                    if (written.back()) write(written, first, count, false);
+                    written.advance();
+                }
+                if (staged.chunk >= from) stage(staged);
+                staged.advance();
+                fetch_next();
+                wait_for_copies_but<DEPTH - 1>();
+                __syncthreads();
+            }
+            end_bringing();
+        } else {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WALKING_REGISTERS));
+            Walk walk(shared.kept);
+            begin_walking(walk);
+            __syncthreads();
+            __syncthreads();
+            for (Item item(last, length); item.chunk >= from; item.advance()) {
+                if (item.index == 0) wait_for_copies();
+                walk_over(walk, item);
+                __syncthreads();
+            }
+            __syncthreads();
+            end_walking(walk);
+        }
+    } else {
+        for (i64 tile = block * tiles_a_block; tile < min(tiles, (block + 1) * tiles_a_block); tile++) {
+            begin_tile(tile);
+            begin_bringing();
+            Walk walk(shared.kept);
+            auto finish = [] {  // all of the next item is there, and all of this one has been walked
+                wait_for_copies();
+                __syncthreads();
+            };
+            Item item(last, length), next = item;
+            fetch(item, first, count);
+            begin_walking(walk);
+            finish();
+            while (item.chunk >= from) {
+                stage(item);
+                __syncthreads();
+                next.advance();
+                fetch(next, first, count);
+                walk_over(walk, item);
+                finish();
+                if (item.back()) write(item, first, count, tile > block * tiles_a_block);
+                item = next;
+            }
+            __syncthreads();
+            end_bringing();
+            __syncthreads();
+            end_walking(walk);
+        }
     }
     if (CHAINED) {
         __threadfence();

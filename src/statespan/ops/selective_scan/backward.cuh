@@ -1,7 +1,7 @@
 // How a thread of the backward walks over the pieces of a chunk, on and back.
 // A thread holds S states of each of KC channels. Sums over states meet in a channel's lanes, sums over channels (of B
 // and C) in the lanes that hold the same states, and then in `of_matrices` over the block's warps.
-// Macros: see scan.cuh, and PIECE, EVERY, DECAYS (whether a piece's decays stay in registers).
+// Macros: see scan.cuh, and PIECE, EVERY, DECAYS (tokens of a piece whose decays stay in registers).
 
 constexpr int KC = 2, PIECES = EVERY / PIECE;
 constexpr int WARPS = THREADS / 32, CHANNEL_LANES = 32 / LANES, CHANNELS = WARPS * CHANNEL_LANES * KC;
@@ -173,7 +173,7 @@ struct Walk {
 #pragma unroll
                 for (int n = 0; n < S; n++) {
                     Step now(step.x, decay_rate[k][n]);
-                    if (DECAYS) decays[i][k][n] = now.decay;
+                    if (i >= PIECE - DECAYS) decays[i][k][n] = now.decay;
                     states[i][k][n] = fmaf(now.decay, restarts ? 0.0f : previous[k][n], step.y * now.scale * row[n]);
                     sum = n ? fmaf(states[i][k][n], row[S + n], sum) : states[i][k][n] * row[S + n];
                 }
@@ -197,7 +197,7 @@ struct Walk {
 #pragma unroll
                 for (int n = 0; n < S; n++) {
                     Step now(step.x, decay_rate[k][n]);
-                    if (DECAYS) now.decay = decays[i][k][n];
+                    if (i >= PIECE - DECAYS) now.decay = decays[i][k][n];
                     if (restarts) previous[k][n] = 0.0f;
                     float of_h = fmaf(gradient, row[S + n], carry[k][n]), factor = step.y * now.scale;
                     of_row[n] = k ? fmaf(of_h, factor, of_row[n]) : of_h * factor;

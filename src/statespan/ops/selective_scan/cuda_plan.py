@@ -31,7 +31,11 @@ class Form(NamedTuple):
 
 # By states, padded to a power of two.
 FORMS = {
-    8: (Form(4, 64, 128, 16, False, 3),),
+    8: (
+        Form(4, 64, 128, 16, True, 3, (48, 62)),
+        Form(4, 32, 128, 32, True, 4, (28, 34)),
+        Form(1, 16, 128, 64, True, 3, (21, 9)),
+    ),
     16: (
         Form(8, 64, 128, 16, True, 2, (86, 36)),
         Form(4, 32, 128, 32, True, 2, (48, 18)),
@@ -44,7 +48,7 @@ FORMS = {
     128: (Form(8, 16, 64, 16, False, 2),),
 }
 # Where splits of the tokens fill a multiprocessor, with their summaries: clocks of a token for each 64 channels.
-FORM_OF_SPLITS, CLOCKS_SPLIT = Form(8, 32, 64, 16, False, 4), 215
+FORMS_OF_SPLITS = {8: (Form(4, 64, 128, 16, False, 3), 142), 16: (Form(8, 32, 64, 16, False, 4), 215)}
 # For inputs that are not plain: of 32 bits, unaligned, or with a discretization that takes more registers.
 FORMS_OF_OTHERS = {
     8: (Form(4, 32, 64, 16, False, 2),),
@@ -53,18 +57,31 @@ FORMS_OF_OTHERS = {
     64: (Form(8, 16, 64, 8, False, 1),),
     128: (Form(8, 8, 64, 8, False, 1),),
 }
+
+
+class BackwardForm(NamedTuple):
+    """How a block of the backward is made, see backward.cu."""
+
+    roles: bool  # whether some threads bring and write, and others walk
+    resident: int  # blocks that a multiprocessor is to hold
+    decays: int  # tokens of a piece whose decays stay in registers
+    chunk: float  # what a chunk costs where they fill it, next to the first of these
+    start: float = 0.3  # what a block costs before its first chunk, in chunks
+
+
+IN_TURN = BackwardForm(False, 3, 0, 1.0)
+WITH_DECAYS = BackwardForm(False, 2, PIECE, 0.745)
+ROLES = BackwardForm(True, 2, PIECE - 1, 0.62, 2.2)
 # What the summaries of the splits cost, of the backward's main kernel.
 SUMMARY_SHARE = 0.21
-# A chunk of the backward that keeps a piece's decays in registers, two blocks a multiprocessor, next to one without.
-CHUNK_WITH_DECAYS = 0.745
-CHUNK_START = 0.3  # what a block costs before its first chunk, in chunks
 
 _HERE = Path(__file__).parent
 _forward = Kernel(_HERE / "forward.cu", "scan_forward")
 _summary = Kernel(_HERE / "summary.cu", "scan_summary")
 _chain = Kernel(_HERE / "summary.cu", "scan_chain")
-_backward = Kernel(_HERE / "backward.cu", "scan_backward")
-_sums = Kernel(_HERE / "backward.cu", "scan_sums")
+# By whether a block has roles: handing over registers is an instruction of Hopper's own.
+_backward = {roles: Kernel(_HERE / "backward.cu", "scan_backward", own_instructions=roles) for roles in (False, True)}
+_sums = {roles: Kernel(_HERE / "backward.cu", "scan_sums", own_instructions=roles) for roles in (False, True)}
 
 
 class Layout(NamedTuple):
@@ -184,12 +201,12 @@ class Scan:
         whole = -(-self.length // EVERY) * EVERY
         room = shared_memory(self.device)
         form = min((form for form in self.forms if self.shared_bytes(form) <= room), key=clocks)
-        measured = self.plain and self.padded == 16
-        blocks = max(self.tiles(64 if measured else form.tile) * self.batch, 1)
-        splits = min((8 if measured else 4) * processors // blocks, whole // (4 * EVERY))
-        if splits < 4 or (measured and CLOCKS_SPLIT * blocks / processors > clocks(form)):
+        form_of_splits, clocks_split = FORMS_OF_SPLITS.get(self.padded if self.plain else 0, (form, 0))
+        blocks = max(self.tiles(64 if clocks_split else form.tile) * self.batch, 1)
+        splits = min((8 if clocks_split else 4) * processors // blocks, whole // (4 * EVERY))
+        if splits < 4 or clocks_split * blocks / processors > clocks(form):
             return form, whole
-        return FORM_OF_SPLITS if measured else form, -(-whole // splits // EVERY) * EVERY
+        return form_of_splits, -(-whole // splits // EVERY) * EVERY
 
     def chain(self, split: int, reverse: bool) -> tuple[Launch, Launch]:
         """The launches that find what each split does to the state, and what each is given."""
@@ -207,46 +224,57 @@ class Scan:
     def backward(self) -> Backward:
         """The launches of the backward, and what it needs."""
         if self._backward is None:
-            tile, macros, shared_bytes, resident = self.backward_shape()
+            tile = self.backward_tile()
             tiles_a_block = max(1, 64 // tile)  # narrow tiles take turns, so that `of_matrices` stays small
             blocks = -(-(self.tiles(tile) // self.groups) // tiles_a_block)
-            number, chunks = blocks * self.groups * self.batch, -(-self.length // EVERY)
-            processors = multiprocessors(self.device)
-            room = resident * processors
-            split, time = _backward_split(number, chunks, room)
-            chained = False
-            measured = self.plain and self.padded == 16 and not self.segments
-            if measured and 1 < number / processors <= 2 and CHUNK_WITH_DECAYS * (chunks + CHUNK_START) < time:
-                split, macros = EVERY * chunks, self.backward_shape(keeps_decays=True)[1]
-            elif number > room and self.padded < 128 and _chained_split(number, chunks, room)[1] < time:
-                split, chained = _chained_split(number, chunks, room)[0], True
+            form, split, chained = self.backward_plan(blocks * self.groups * self.batch)
             splits = -(-self.length // split)
             sums = 2 * self.batch * self.length * self.groups * self.states + self.channels * (self.states + 2)
             of_sums = -(-sums // (THREADS * (4 if self.inputs["ALIGNED"] else 1)))
-            grid = (self.groups * blocks, self.batch, splits)
-            macros = (*macros, ("CHAINED", int(chained)))
+            grid, threads = (self.groups * blocks, self.batch, splits), THREADS * (1 + form.roles)
+            macros, shared_bytes = (*self.backward_macros(form), ("CHAINED", int(chained))), self.backward_bytes(form)
             self._backward = Backward(
-                _backward.launch(self.device, grid, THREADS, macros, shared_bytes),
-                _sums.launch(self.device, (of_sums, 1, 1), THREADS, macros),
+                _backward[form.roles].launch(self.device, grid, threads, macros, shared_bytes),
+                _sums[form.roles].launch(self.device, (of_sums, 1, 1), THREADS, macros),
                 *(blocks, tiles_a_block, split, splits, chained),
             )
         return self._backward
 
-    def backward_shape(self, keeps_decays: bool = False) -> tuple[int, tuple[tuple[str, str | int], ...], int, int]:
-        """Channels a tile, macros, shared memory, and how many blocks a multiprocessor is to hold."""
-        states = min(4, self.padded // 4)
-        resident = 3 if self.plain and self.padded <= 16 and not keeps_decays else 2
-        tile = 2 * THREADS * states // self.padded
-        shared_bytes = self.backward_bytes(states, tile)
-        sizes = {
-            **{"STATES_A_THREAD": states, "THREADS": THREADS, "BLOCKS": resident, "PIECE": PIECE, "EVERY": EVERY},
-            **{"DECAYS": int(keeps_decays), "SHARED_BYTES": shared_bytes},
-        }
-        return tile, tuple({**self.inputs, **sizes}.items()), shared_bytes, resident
+    def backward_plan(self, number: int) -> tuple[BackwardForm, int, bool]:
+        """How a block is made, tokens a split, and whether splits wait for each other, for so many blocks a split."""
+        processors, chunks = multiprocessors(self.device), -(-self.length // EVERY)
+        form, chained = IN_TURN if self.plain and self.padded <= 16 else IN_TURN._replace(resident=2), False
+        split, time = _backward_split(number, chunks, processors, form)
+        if number > form.resident * processors and self.padded < 128:
+            waiting = _chained_split(number, chunks, form.resident * processors)
+            if waiting[1] < time:
+                (split, time), chained = waiting, True
+        if self.plain and self.padded == 16 and not self.segments:
+            if hands_over_registers(self.device):
+                others = _backward_split(number, chunks, processors, ROLES)
+                if others[1] < time:
+                    return ROLES, others[0], False
+            elif 1 < number / processors <= 2 and WITH_DECAYS.chunk * (chunks + WITH_DECAYS.start) < time:
+                return WITH_DECAYS, EVERY * chunks, False
+        return form, split, chained
 
-    def backward_bytes(self, states: int, tile: int) -> int:
-        """The size of `Shared` in backward.cu, or a few bytes more; `states` of a thread."""
-        padded, near = self.padded, 32 * states // self.padded
+    def backward_tile(self) -> int:
+        """Channels of a block at once."""
+        return 2 * THREADS * min(4, self.padded // 4) // self.padded
+
+    def backward_macros(self, form: BackwardForm) -> tuple[tuple[str, str | int], ...]:
+        """What the backward is compiled with."""
+        sizes = {
+            **{"STATES_A_THREAD": min(4, self.padded // 4), "THREADS": THREADS, "PIECE": PIECE, "EVERY": EVERY},
+            **{"ROLES": int(form.roles), "BLOCKS": form.resident},
+            **{"DECAYS": form.decays, "SHARED_BYTES": self.backward_bytes(form)},
+        }
+        return tuple({**self.inputs, **sizes}.items())
+
+    def backward_bytes(self, form: BackwardForm) -> int:
+        """The size of `Shared` in backward.cu, or a few bytes more."""
+        padded, tile, states = self.padded, self.backward_tile(), min(4, self.padded // 4)
+        near = 32 * states // padded
         pitch = tile + (2 * near if near > 1 else 4)
         steps = 16 * (tile + (4 if tile == 32 else 2 if tile < 32 else 0))
         rows = min(near, states) * (PIECE * (2 * padded + 4) + 8)
@@ -254,8 +282,9 @@ class Scan:
         piece = PIECE * (steps + 4 * tile + 12 * pitch) + 4 * (rows + of_warps) + 64
         kept = 4 * EVERY // PIECE * 2 * states * THREADS
         u, z, dt, B, C = (4 if self.inputs[name] == "float" else 2 for name in ("U", "Z", "DT", "BM", "CM"))
-        brought = 2 * PIECE * (tile * (2 * u + z + dt) + padded * (B + C))
-        count = piece + kept + 8 * tile * (PIECE + 1) + brought
+        brought = PIECE * (tile * (2 * u + z + dt) + padded * (B + C))
+        pieces, ring = (2, 5) if form.roles else (1, 2)
+        count = pieces * piece + kept + 8 * tile * (PIECE + 1) + ring * brought
         return -(-count // 16) * 16
 
 
@@ -265,15 +294,21 @@ def scan_of(layout: Layout) -> Scan:
     return Scan(layout)
 
 
+def hands_over_registers(device: torch.device) -> bool:
+    """Whether ROLES can run: Hopper has the instruction, and shared memory for two blocks."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 @cache
-def _backward_split(blocks: int, chunks: int, room: int) -> tuple[int, float]:
-    """Tokens a split, and its time: what is soonest done by `room` blocks at once, the summaries included."""
+def _backward_split(blocks: int, chunks: int, processors: int, form: BackwardForm) -> tuple[int, float]:
+    """Tokens a split, and its time: what is soonest done by `form.resident` blocks a multiprocessor, with summaries."""
+    room = form.resident * processors
 
     def time(chunks_a_split: int) -> float:  # of a multiprocessor, in chunks
         splits = -(-chunks // chunks_a_split)
         waves = max(1.0, (blocks * splits / room + 2 * -(-blocks * splits // room)) / 3)  # late blocks run faster alone
         summaries = SUMMARY_SHARE * blocks * chunks / room if splits > 1 else 0
-        return waves * (chunks_a_split + CHUNK_START) + summaries
+        return form.chunk * (waves * (chunks_a_split + form.start) + summaries)
 
     best = min({-(-chunks // splits) for splits in range(1, 65)} | set(range(1, min(chunks, 8) + 1)), key=time)
     return EVERY * best, time(best)
@@ -284,7 +319,7 @@ def _chained_split(blocks: int, chunks: int, room: int) -> tuple[int, float]:
     """As _backward_split, where splits of more tiles than there is room for wait for each other."""
 
     def time(chunks_a_split: int) -> float:
-        return (blocks * -(-chunks // chunks_a_split) / room + 0.5) * (chunks_a_split + CHUNK_START)
+        return (blocks * -(-chunks // chunks_a_split) / room + 0.5) * (chunks_a_split + IN_TURN.start)
 
     best = min(range(1, chunks + 1), key=time)
     return EVERY * best, time(best)

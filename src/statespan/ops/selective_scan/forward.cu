@@ -39,6 +39,12 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES);
 
+// A place in a ring of COUNT.
+template <int COUNT> struct Slot {
+    int at = 0;
+    INLINE void advance() { at = at + 1 < COUNT ? at + 1 : 0; }
+};
+
 // What a group of tokens does to a thread's states, but for the states themselves.
 struct Group {
     float decay[GROUP][S], input[GROUP][S], C[GROUP][S];
@@ -98,8 +104,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
         if (HAS_Z) z += batch * z_b + first;
         if (SEGMENTS) marks += batch * all;
         B += batch * B_b + group * B_g, C += batch * C_b + group * C_g;
+        Slot<RING> fetched, staged, written;
+        Slot<DEPTH + 1> fetched_ahead, staged_ahead;
         auto fetch = [&](int chunk) {
-            int t0 = from + chunk * TOKENS, of_ring = chunk % RING, ahead = chunk % (DEPTH + 1);
+            int t0 = from + chunk * TOKENS, of_ring = fetched.at, ahead = fetched_ahead.at;
+            fetched.advance(), fetched_ahead.advance();
             if (chunk < chunks) {
                 Work::fetch(shared.u[of_ring], u, u_t, t0, length, valid);
                 Work::fetch(shared.dt[ahead], dt, dt_t, t0, length, valid);
@@ -110,8 +119,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
             end_of_copies();
         };
         auto stage = [&](int chunk) {
-            int t0 = from + chunk * TOKENS, of_ring = chunk % RING, ahead = chunk % (DEPTH + 1);
-            Chunk& to = shared.chunks[chunk % 2];
+            int t0 = from + chunk * TOKENS, of_ring = staged.at, ahead = staged_ahead.at;
+            staged.advance(), staged_ahead.advance();
+            Chunk& to = shared.chunks[chunk & 1];
 #pragma unroll
             for (int item = 0; item < Work::ITEMS; item++) {
                 if (!Work::mine(item)) continue;
@@ -127,7 +137,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
                     for (int i = 0; i < 2; i++) {
                         float size = dt_raw.get(v + i) + shared.biases[c + v + i];
                         size = SOFTPLUS ? softplus(size) : size;
-                        pair[i] = there ? float2{size, input_factor(size, u_raw.get(v + i))} : float2{0.0f, 0.0f};
+                        size = there ? size : 0.0f;
+                        pair[i] = {size, input_factor(size, u_raw.get(v + i))};
+                        if (SEGMENTS && !there) pair[i].y = 0.0f;
                     }
                     *reinterpret_cast<float4*>(to.steps + token * Place::PITCH + Place::place(c + v)) = {
                         pair[0].x, pair[0].y, pair[1].x, pair[1].y};
@@ -139,7 +151,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
                     shared.marks[of_ring][token] = t0 + token < length ? marks[t0 + token] : PADDING;
         };
         auto write = [&](int chunk) {
-            int t0 = from + chunk * TOKENS, of_ring = chunk % RING;
+            int t0 = from + chunk * TOKENS, of_ring = written.at;
+            written.advance();
 #pragma unroll
             for (int item = 0; item < Work::ITEMS; item++) {
                 int token = Work::token(item), c = Work::channel(item), t = t0 + token;
@@ -147,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
                 bool padding = SEGMENTS && shared.marks[of_ring][token] == PADDING;
                 auto u_raw = shared.u[of_ring][Work::index(item)];
                 auto z_raw = shared.z[of_ring][HAS_Z ? Work::index(item) : 0];
-                auto sums = *reinterpret_cast<const Vector<float, VECTOR>*>(shared.chunks[chunk % 2].ys + token * PITCH + c);
+                auto sums = *reinterpret_cast<const Vector<float, VECTOR>*>(shared.chunks[chunk & 1].ys + token * PITCH + c);
                 float values[VECTOR];
 #pragma unroll
                 for (int v = 0; v < VECTOR; v++) {
@@ -157,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
                 }
                 Vector<U, VECTOR> out;
                 out.set(values);
-                store_together<ALIGNED>(y + t * channels + c, out, min(VECTOR, valid - c));
+                store<ALIGNED>(at_row(y + c, t, channels), out, min(VECTOR, valid - c));
             }
         };
 #pragma unroll
@@ -183,14 +196,27 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
         h[i] = there && initial ? initial[(batch * splits + blockIdx.z) * of_row + at + i] : 0.0f;
     }
     auto save = [&](float* to) {
-        Vector<float, S> states;
-        states.set(h);
-        store_together<STATES % S == 0>(to + at, states, mine ? STATES - lane * S : 0);
+        if constexpr (S == 8 && ALIGNED) {  // the threads of two channels each store halves of both: whole sectors
+            int odd = threadIdx.x % 2;
+            Vector<float, 4> of_even, of_odd;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float kept = odd ? h[i + 4] : h[i], given = __shfl_xor_sync(0xffffffff, odd ? h[i] : h[i + 4], 1);
+                of_even.words[i] = odd ? given : kept, of_odd.words[i] = odd ? kept : given;
+            }
+            float* even = to + at + odd * (4 - STATES);
+            store<true>(even, of_even, mine);
+            store<true>(even + STATES, of_odd, mine);
+        } else {
+            Vector<float, S> states;
+            states.set(h);
+            store<STATES % S == 0>(to + at, states, mine ? STATES - lane * S : 0);
+        }
     };
     if (EVERY) starts += (batch * ((all + EVERY - 1) / max(EVERY, 1)) + from / max(EVERY, 1)) * of_row;
     __syncthreads();
     for (int index = 0; index < chunks; index++) {
-        Chunk& chunk = shared.chunks[index % 2];
+        Chunk& chunk = shared.chunks[index & 1];
         const signed char* chunk_marks = shared.marks[index % RING];
         if (EVERY && index % max(EVERY / TOKENS, 1) == 0) {
             save(starts);

@@ -1,12 +1,11 @@
 """The arguments of `statespan.ops.selective_scan`, named once for every backend."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The tensors; shapes in the docstring of `statespan.ops.selective_scan`."""
 
     u: Tensor
@@ -26,8 +25,7 @@ class Inputs:
         return self.u, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial_state
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """All other arguments that a backend needs."""
 
     dt_softplus: bool

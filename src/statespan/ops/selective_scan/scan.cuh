@@ -61,34 +61,19 @@ struct Step {
 // The second number of a step, see Step.
 INLINE float input_factor(float dt, float u) { return DISCRETIZATION == 0 ? dt * u : u; }
 
-INLINE u32 as_bits(u32 word) { return word; }
-INLINE u32 as_bits(float word) { return __float_as_uint(word); }
-
-// As store<WIDE>, in as few instructions as there can be: the compiler stores the vectors of device.cuh word by word.
-template <bool WIDE, class T, int V> INLINE void store_together(T* to, const Vector<T, V>& vector, int count) {
-    constexpr int WORDS = sizeof(Vector<T, V>) / 4;
-    if constexpr (!WIDE || WORDS % 2) {
-        store<WIDE>(to, vector, count);
-    } else if (count > 0) {
-        u32 words[WORDS];
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) words[i] = as_bits(vector.words[i]);
-        if constexpr (WORDS == 2)
-            asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
-#pragma unroll
-        for (int i = 0; i + 4 <= WORDS; i += 4)
-            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<u32*>(to) + i), "r"(words[i]),
-                         "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
-                         : "memory");
-    }
-}
-
 // Where dt and its factor of channel c of a token stand in shared memory. Threads store 8 channels of a token with four
 // wide stores; pieces are permuted and rows padded so that neither they nor the walk meet in a bank.
 template <int CHANNELS> struct Steps {
     static constexpr int PITCH = CHANNELS + (CHANNELS == 32 ? 4 : CHANNELS < 32 ? 2 : 0);  // float2 of a token
     static INLINE int place(int c) { return c / 8 * 8 + ((c % 8 / 2) ^ (c / 16 % 4)) * 2 + c % 2; }
 };
+
+// The element `t` strides behind; rows are close enough that a stride in bytes has 32 bits.
+template <class T> INLINE T* at_row(T* from, int t, i64 stride) {
+    i64 result;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(t), "r"(int(stride) * int(sizeof(T))), "l"(from));
+    return reinterpret_cast<T*>(result);
+}
 
 // A chunk of B and C, or of one of them, in shared memory: for each token and lane, the lane's states of the first, then
 // of the second, so that a thread reads both with wide loads. The padding of 4 floats a token spreads stores over banks.
@@ -106,7 +91,7 @@ template <int COUNT, int MATRICES> struct Rows {
             bool there = t < length;
             if (SEGMENTS && there) there = marks[t] != PADDING;
             if (index < VECTORS)
-                copy_async<ALIGNED>(slots + index, matrix + (there ? t * stride + n : 0), there ? min(WIDTH, STATES - n) : 0);
+                copy_async<ALIGNED>(slots + index, at_row(matrix + n, t, stride), there ? min(WIDTH, STATES - n) : 0);
         }
     }
 
@@ -158,7 +143,7 @@ template <int COUNT, int CHANNELS, int WIDTH> struct Share {
 #pragma unroll
         for (int item = 0; item < ITEMS; item++) {
             int t = t0 + token(item), c = channel(item), count = t < length ? min(WIDTH, valid - c) : 0;
-            if (mine(item)) copy_async<ALIGNED>(slots + index(item), from + (count > 0 ? t * stride + c : 0), count);
+            if (mine(item)) copy_async<ALIGNED>(slots + index(item), at_row(from + c, t, stride), count);
         }
     }
 };
