@@ -150,6 +150,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "stream, float16": lambda: streamed(2, 1003, 72, dtype=F16, before=normed(72, F16), after="gelu"),
     "verify, mamba1": lambda: verified("mamba1", 1, 5),
     "verify, mamba1, many rows": lambda: verified("mamba1", 8, 5, inner_norms=True),
+    "verify, mamba1, 16 rows": lambda: verified("mamba1", 16, 5, inner_norms=True),
     "verify, mamba1, int8, odd": lambda: verified(
         "mamba1", 2, 3, quantize=True, state_size=5, dt_rank=3, conv_kernel=2
     ),
@@ -166,6 +167,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "stack": lambda: mamba1_stack(768, 3),
     "stack, wide": lambda: mamba1_stack(2560, 2, conv_bias=False, discretization="zoh"),
     "stack, many rows": lambda: mamba1_stack(2560, 2, rows=64),
+    "stack, 128 rows, largest rank": lambda: mamba1_stack(512, 2, rows=128, dt_rank=256),
     "stack, 130 rows": lambda: mamba1_stack(256, 2, rows=130, conv_bias=False, inner_norms=True, dt_rank=24),
     "stack, 100 rows, bfloat16": lambda: mamba1_stack(2048, 2, rows=100, stream=BF16, conv_kernel=2),
     "stack, bfloat16": lambda: mamba1_stack(1536, 2, stream=BF16, discretization="bilinear", conv_kernel=2),
@@ -188,6 +190,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, tuple[tuple[str,
     monkeypatch.setattr(launch, "_load", lambda name, device, arch, macros: found.add((name, macros)))
     monkeypatch.setattr(large, "tensor_map", lambda weight, tile: torch.zeros(16, dtype=torch.int64))
     monkeypatch.setattr(launch, "_allow_shared", lambda *_: None)
+    monkeypatch.setattr(verify, "wide_product", lambda x, weight: torch.zeros(len(x), len(weight)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     for module in (project, multiply, update, stack, large, stream):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)

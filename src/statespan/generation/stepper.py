@@ -9,6 +9,7 @@ from torch import Tensor
 
 from statespan.generation.sampling import BLOCK, Sampling, choose, random_numbers
 from statespan.layers.state import ModelState
+from statespan.models.capture import addresses
 from statespan.models.language_model import LanguageModel
 from statespan.ops.decode_step.tokens import choose_best
 
@@ -156,5 +157,4 @@ def give_back(model: LanguageModel | None, stepper: Stepper) -> None:
 
 def _key(model: LanguageModel, batch_size: int, sampling: Sampling) -> _Key:
     """What a graph is good for: it holds the weights' addresses, and reads there what a training step left."""
-    tensors = (*model.parameters(), *model.buffers())
-    return batch_size, sampling, tuple(tensor.data_ptr() for tensor in tensors)
+    return batch_size, sampling, addresses(model)

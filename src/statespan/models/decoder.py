@@ -1,6 +1,5 @@
 """Decoder: one token a row through a model, with everything that stays the same looked up once."""
 
-import gc
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -17,6 +16,7 @@ from statespan.layers.moe import MoE
 from statespan.layers.norm import RMSNorm
 from statespan.layers.state import KVCache, ModelState, PagedKVCache, SSMState, State
 from statespan.models.backbone import Block
+from statespan.models.capture import capturing
 from statespan.models.mixer_step import (
     MixerStep,
     StaticAttention,
@@ -234,12 +234,8 @@ class _Captured:
         decoder = self._decoder
         self._graph, self._moves = torch.cuda.CUDAGraph(), decoder.moves
         decoder.capturing = True
-        gc_was_enabled = gc.isenabled()
-        gc.disable()  # an old graph that is collected now would end the capture
         try:
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with capturing(self._graph):
                 self._output = self._run()
         finally:
             decoder.capturing = False
-            if gc_was_enabled:
-                gc.enable()

@@ -16,6 +16,8 @@ TILES = (16, 32, 40, 64, 80)  # outputs of a block, for which large.cu has produ
 SPLITS = (1, 2, 3, 4, 6, 8)  # parts of the inputs
 SPARE_BYTES = 4 << 10  # of shared memory, for barriers, taps and alignment
 NEXT_BYTES = 64 << 10  # of shared memory, left for a block of the kernel before or after
+NEXT_BYTES_OF_IN = {64: 4 << 10, 128: 40 << 10}  # of in_proj, by rows of a tile: whose states should not come earlier
+PACE = 2  # stages of weights on the way before the wait for the kernel before
 
 
 def tile_rows(rows: int) -> int:
@@ -41,18 +43,32 @@ def division(outputs: int, inputs: int, rows: int, device: torch.device, *, spli
     return min(((tile, parts) for tile in TILES for parts in (SPLITS if split else SPLITS[:1])), key=cost)
 
 
+def end_bytes(tile: int, of_tile: int, selected: int) -> int:
+    """Of the ring's memory, that a block uses once its products are done: its sums, and x_proj's two factors."""
+    deep = ceil(tile / 32)
+    line = 64 * deep + (0 if deep % 2 else 64)
+    return of_tile * 4 * (tile + 8) + (of_tile + selected) * line
+
+
 class Large:
     """y = W x of projections that are built alike, see large.cu: one call for each."""
 
-    def __init__(self, weights: list[Tensor], rows: int, conv: Convolved | None = None) -> None:
-        """y is what `conv` leaves, [rows outputs] in the weights' dtype; else sums [split rows outputs] in float32."""
+    def __init__(self, weights: list[Tensor], rows: int, conv: Convolved | None = None, selected: int = 0) -> None:
+        """y is what `conv` leaves, [rows outputs] in the weights' dtype; else sums [split rows outputs] in float32.
+
+        `selected`: of x_proj's outputs, that many, sums over the channels of each block are left too.
+        """
         weight = weights[0]
         self._outputs, inputs = weight.shape
         device, of_tile = weight.device, tile_rows(rows)
         tile, self.split = division(self._outputs, inputs, rows, device, split=conv is None)
         stage = 2 * PART * (tile + of_tile)
-        room = shared_memory(device) - NEXT_BYTES - SPARE_BYTES
+        room = shared_memory(device) - SPARE_BYTES - (NEXT_BYTES_OF_IN[of_tile] if conv else NEXT_BYTES)
         stages = min(room // stage, ceil(inputs / PART / self.split))
+        if conv is not None:
+            self.sums = ceil(conv.weight.shape[0] / tile)
+            stages = max(stages, ceil(end_bytes(tile, of_tile, selected) / stage))
+        shares = 2 if conv is not None and of_tile == 64 and tile // 2 in TILES else 1
         macros: dict[str, str | int] = {
             **{"W": TYPES[weight.dtype], "INPUTS": inputs, "TILE": tile, "ROWS": of_tile, "BATCH": rows},
             **{"SPLIT": self.split, "STAGES": stages, "OUTPUT": int(conv is not None)},
@@ -60,13 +76,13 @@ class Large:
                 "S": TYPES[conv.state_dtype] if conv else "bfloat16",
                 "P": TYPES[conv.weight.dtype] if conv else "float",
             },
-            "TAPS": conv.weight.shape[1] if conv else 1,
+            **{"TAPS": conv.weight.shape[1] if conv else 1, "SELECTED": selected, "SHARES": shares, "PACE": PACE},
         }
         grid = (ceil(self._outputs / tile) * self.split, ceil(rows / of_tile))
         shared = stages * stage + SPARE_BYTES
         self._maps = torch.stack([tensor_map(one, tile) for one in weights]).to(device)
         self._weights = weights  # the maps know only where they are
-        self._launch = Launch("large", device, grid, 2 * of_tile + 32, macros, shared, own_instructions=True)
+        self._launch = Launch("large", device, grid, 2 * of_tile * shares + 32, macros, shared, own_instructions=True)
 
     def __call__(
         self,
@@ -76,10 +92,13 @@ class Large:
         window: Tensor | None = None,
         conv_weight: Tensor | None = None,
         conv_bias: Tensor | None = None,
+        x_proj: Tensor | None = None,
+        selection: Tensor | None = None,
     ) -> None:
-        """The product with the weight of that number; x lies in `tiles`."""
+        """The product with the weight of that number; x lies in `tiles`. selection: [sums rows selected] float32."""
         channels = 0 if conv_weight is None else conv_weight.shape[0]
-        self._launch(self._maps[number], x, y, self._outputs, window, conv_weight, conv_bias, channels)
+        of_conv = window, conv_weight, conv_bias, channels
+        self._launch(self._maps[number], x, y, self._outputs, *of_conv, x_proj, selection)
 
 
 class Settle:
@@ -100,9 +119,9 @@ class Settle:
         }
         self._launch = Launch("settle", norm.weight.device, (rows, 1), min(1024, ceil(size / 128) * 32), macros)
 
-    def __call__(self, hidden: Tensor, sums: Tensor | None, norm: Tensor, normed: Tensor) -> None:
-        """hidden [rows h] += sums [split rows h]; its norm goes to `normed`, in `tiles`."""
-        self._launch(hidden, hidden.stride(0), sums, norm, normed)
+    def __call__(self, hidden: Tensor, sums: Tensor | None, norm: Tensor, normed: Tensor, epoch: Tensor) -> None:
+        """hidden [rows h] += sums [split rows h]; its norm goes to `normed`, in `tiles`; epoch [1] int32 += 1."""
+        self._launch(hidden, hidden.stride(0), sums, norm, normed, epoch)
 
 
 def tensor_map(weight: Tensor, tile: int) -> Tensor:

@@ -6,11 +6,13 @@
 //
 // Macros: W type of dt_proj, x, z and y, P of the inner norms; RANK, BATCH; NORMS: RMSNorm of dt, B and C, with EPSILON;
 // DISCRETIZATION: 0 mamba, 1 zoh, 2 bilinear; AHEAD: blocks that run at once; TILE_ROWS: y lies in tiles of so many rows for
-// large.cu, 0: it does not.
+// large.cu, 0: it does not; SUMS and REDUCERS, see selection.cuh, SUMS 0: x_proj's outputs are there; ONCE.
 
 #include "step.cuh"
 #include "matrix.cuh"
 #include "recurrence.cuh"
+#include "states.cuh"
+#include "published.cuh"
 
 constexpr int STATES = 16, LANES = 4, ROWS = 8, CHANNELS = 64, THREADS = CHANNELS * LANES, SELECTION = RANK + 2 * STATES;
 constexpr int BLOCK_ROWS = ROWS * GROUPS;
@@ -23,11 +25,13 @@ struct Memory {  // shared; behind it dt_proj's rows, then dt's, then the states
     Tile steps[GROUPS][8], tokens[GROUPS][8], gates[GROUPS][8];
 };
 
+#include "selection.cuh"
+
 extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
     const W* x, i64 x_stride, const W* z, i64 z_stride, const float* selection, i64 selection_stride,
     const W* __restrict__ dt_proj, const float* __restrict__ dt_bias, const P* __restrict__ dt_norm,
     const P* __restrict__ B_norm, const P* __restrict__ C_norm, const float* __restrict__ A_log, const float* __restrict__ D,
-    float* state, W* y, i64 y_stride, i64 channels) {
+    float* state, W* y, i64 y_stride, i64 channels, uint2* told, const u32* epochs) {
     extern __shared__ float4 dynamic[];
     Memory& memory = *reinterpret_cast<Memory*>(dynamic);
     const u32 weights = u32(__cvta_generic_to_shared(&memory + 1)), dt = weights + CHANNELS * PITCH;
@@ -42,14 +46,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
     }
     float4* place = reinterpret_cast<float4*>(state) + (first_row * channels + channel) * LANES + part;
     const u32 later = dt + BLOCK_ROWS * PITCH + threadIdx.x * 16;
+    u64 once = 0;
+    if (ONCE) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
 #pragma unroll
     for (int r = ROWS; r < BLOCK_ROWS; r++)
-        copy16(later + (r - ROWS) * THREADS * 16, place + (first_row + r < BATCH ? r * channels * LANES : 0), first_row + r < BATCH);
+        copy_state(later + (r - ROWS) * THREADS * 16, place + (first_row + r < BATCH ? r * channels * LANES : 0),
+                   first_row + r < BATCH, once);
     end_of_copies();
     uint4 h[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
-        h[r] = first_row + r < BATCH ? early16(place + r * channels * LANES) : uint4{0, 0, 0, 0};
+        h[r] = first_row + r < BATCH ? early_state(place + r * channels * LANES) : uint4{0, 0, 0, 0};
+    const u32 epoch = SUMS ? load_word(epochs) : 0;
     const uint4 rates = early16(A_log + channel * STATES + part * 4);
     const float skip = early(D + channel);
     const int pair_at = warp * 8 + part * 2;  // two of the block's channels
@@ -59,32 +67,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
         if (AHEAD > 0 && warp == 0 && lane < BLOCK_ROWS && later_row < BATCH)
             bring_to_l2(state + (later_row * channels + block % gridDim.x * CHANNELS) * STATES, CHANNELS * STATES * 4);
     }
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++) {  // two channels of x and z in the row lane / 4: not of the kernel just before
-        const i64 row = first_row + g * ROWS + own;
-        const u32 token = row < BATCH ? load_word(x + row * x_stride + first + pair_at) : 0;
-        const u32 gate = row < BATCH ? load_word(z + row * z_stride + first + pair_at) : 0;
-        memory.tokens[g][warp].values[own][2 * part] = low(W{}, token), memory.tokens[g][warp].values[own][2 * part + 1] = high(W{}, token);
-        memory.gates[g][warp].values[own][2 * part] = silu(low(W{}, gate)), memory.gates[g][warp].values[own][2 * part + 1] = silu(high(W{}, gate));
-    }
     wait_for_previous();
 
+    if (SUMS) add_up(selection, reinterpret_cast<float*>(memory.steps), told, epoch);
+    u32 token[GROUPS], gate[GROUPS];  // two channels of x and z in the row lane / 4
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        const i64 row = first_row + g * ROWS + own;
+        token[g] = row < BATCH ? load_word(x + row * x_stride + first + pair_at) : 0;
+        gate[g] = row < BATCH ? load_word(z + row * z_stride + first + pair_at) : 0;
+    }
+    constexpr int PIECES = (SELECTION + 31) / 32;
+    float values[GROUPS][PIECES] = {};
+    if (SUMS) gather(values, told, epoch, first_row + warp, lane);
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {  // a warp's row of dt, B and C
         const int row = first_row + g * ROWS + warp;
-        constexpr int PIECES = (SELECTION + 31) / 32;
-        float values[PIECES];
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             int k = i * 32 + lane;
-            values[i] = row < BATCH && k < SELECTION ? fresh(selection + row * selection_stride + k) : 0.0f;
+            if (!SUMS && row < BATCH && k < SELECTION) values[g][i] = fresh(selection + row * selection_stride + k);
         }
         float of_dt = 0.0f, of_B = 0.0f, of_C = 0.0f;  // sums of squares, then factors
         if (NORMS) {
 #pragma unroll
             for (int i = 0; i < PIECES; i++) {
                 int k = i * 32 + lane;
-                float square = values[i] * values[i];
+                float square = values[g][i] * values[g][i];
                 of_dt += k < RANK ? square : 0.0f;
                 of_B += k >= RANK && k < RANK + STATES ? square : 0.0f;
                 of_C += k >= RANK + STATES ? square : 0.0f;
@@ -96,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             int k = i * 32 + lane;
-            float now = values[i];
+            float now = values[g][i];
             if (NORMS && k < SELECTION) {
                 now *= k < RANK ? of_dt : k < RANK + STATES ? of_B : of_C;
                 now *= value(k < RANK ? dt_norm[k] : k < RANK + STATES ? B_norm[k - RANK] : C_norm[k - RANK - STATES]);
@@ -105,6 +114,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
             if (k >= RANK && k < RANK + STATES) reinterpret_cast<float*>(memory.entering[g * ROWS + warp])[k - RANK] = now;
             if (k >= RANK + STATES && k < SELECTION) reinterpret_cast<float*>(memory.leaving[g * ROWS + warp])[k - RANK - STATES] = now;
         }
+    }
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        float2* tokens = reinterpret_cast<float2*>(memory.tokens[g][warp].values[own]);
+        float2* gates = reinterpret_cast<float2*>(memory.gates[g][warp].values[own]);
+        tokens[part] = {low(W{}, token[g]), high(W{}, token[g])};
+        gates[part] = {silu(low(W{}, gate[g])), silu(high(W{}, gate[g]))};
     }
     wait_for_copies_but<0>();
     __syncthreads();
@@ -147,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) recur(
                 now[n] = fmaf(d.decay, old[n], d.input * token * in[n]);
             }
             out[r] = dot4(float4{now[0], now[1], now[2], now[3]}, C);
-            if (first_row + g * ROWS + r < BATCH) place[(g * ROWS + r) * channels * LANES] = {now[0], now[1], now[2], now[3]};
+            if (first_row + g * ROWS + r < BATCH) store_state(place + (g * ROWS + r) * channels * LANES, {now[0], now[1], now[2], now[3]});
         }
         sum_over_lanes<LANES, 1>(out, part);
 #pragma unroll

@@ -1,4 +1,6 @@
 // The residual stream with the sums that out_proj's blocks left, and its RMSNorm as tiles for large.cu, a block a row.
+// The next kernel begins at once: in_proj reads only weights and windows before its wait. The epoch, for recur.cu, goes up.
+//
 // Macros: H of the residual stream, P of the norm, W of y; INPUTS; BATCH; ROWS of a tile; SPLIT sums; NORMED; EPSILON.
 
 #include "step.cuh"
@@ -8,7 +10,8 @@ constexpr int PIECES = (INPUTS / 4 + THREADS - 1) / THREADS;  // of 4 places, of
 static_assert(INPUTS % 64 == 0);
 
 extern "C" __global__ void __launch_bounds__(THREADS) settle(
-    H* x, i64 x_stride, const float* sums, const P* __restrict__ weight, W* y) {
+    H* x, i64 x_stride, const float* sums, const P* __restrict__ weight, W* y, u32* epoch) {
+    let_next_begin();
     const int row = blockIdx.x;
     float4 values[PIECES], weights[PIECES];
 #pragma unroll
@@ -16,18 +19,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) settle(
         const int k = (i * THREADS + threadIdx.x) * 4;
         weights[i] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (NORMED && k < INPUTS) weights[i] = early4(weight + k);
+        // Written long ago, but for the first block. Behind the weights that in_proj orders it would take long.
+        if (SPLIT && k < INPUTS) values[i] = fresh4(x + row * x_stride + k);
     }
-    wait_for_previous();
+    wait_without_letting_begin();
+    if (row == 0 && threadIdx.x == 0) *epoch = load_word(epoch) + 1;
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         const int k = (i * THREADS + threadIdx.x) * 4;
-        values[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (k >= INPUTS) continue;
+        if (k >= INPUTS) {
+            values[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+            continue;
+        }
         float4 more[SPLIT ? SPLIT : 1];
 #pragma unroll
         for (int s = 0; s < SPLIT; s++) more[s] = fresh4(sums + (i64(s) * BATCH + row) * INPUTS + k);
-        values[i] = fresh4(x + row * x_stride + k);
+        if (!SPLIT) values[i] = fresh4(x + row * x_stride + k);
 #pragma unroll
         for (int s = 1; s < SPLIT; s++) more[0] = plus(more[0], more[s]);
         if (SPLIT) {

@@ -14,6 +14,7 @@
 #include "step.cuh"
 #include "barrier.cuh"
 #include "recurrence.cuh"
+#include "published.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, STATES = 16, LANES = 4, SELECTION = RANK + 2 * STATES;
 constexpr int IN_PIECES = HIDDEN / CHUNK, OUT_PIECES = INNER / CHUNK, LOADS = CHUNK / 256, SLOT = 4 * CHUNK;
@@ -44,15 +45,6 @@ struct Memory {  // shared
     Layer layers[LAYERS];
     alignas(128) char ring[WARPS][DEPTH][SLOT];
 };
-
-INLINE void publish(uint2* to, float x, u32 epoch) {
-    asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(__float_as_uint(x)), "r"(epoch) : "memory");
-}
-INLINE uint4 two_published(const uint2* from) {
-    uint4 x;
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
-    return x;
-}
 
 // COUNT numbers that other blocks publish, once they are there: use(i, k, x[k], x[k + 1]), the i-th call of a thread.
 template <int COUNT, class Use> INLINE void gather(const uint2* from, u32 epoch, Use use) {

@@ -6,12 +6,17 @@ struct int8 { signed char bits; };
 
 // A kernel may begin while the one before it runs. Once that has ended, and with it all before, it lets the next begin:
 // so what the kernel just before did not write may be read before the wait. Without compute capability 9.0 it is nothing.
-INLINE void wait_for_previous() {
+INLINE void wait_without_letting_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+INLINE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+INLINE void wait_for_previous() { wait_without_letting_begin(), let_next_begin(); }
 
 // 16 bytes of weights to shared memory, zeros where there are none. Loads into registers the compiler would move behind
 // the wait, and behind the products of those before them.

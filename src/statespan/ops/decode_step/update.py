@@ -16,6 +16,7 @@ from statespan.ops.gpu import multiprocessors, shared_memory
 UPDATE_WARPS = 4
 RECUR_ROWS, RECUR_CHANNELS, RECUR_STATES, RECUR_RANK = 8, 64, 16, 512  # of a block; the last is the largest
 RECUR_BLOCKS = 3  # that a multiprocessor holds
+REDUCERS = 2  # of them, that add up what in_proj's blocks left for x_proj, at most
 
 
 class Update:
@@ -121,8 +122,8 @@ class Normalize:
 class Recur:
     """From x_proj's outputs to y, see recur.cu."""
 
-    def __init__(self, w: Mamba1Weights, rows: int, *, tiled: bool = False) -> None:
-        """`tiled`: y lies in `large.tiles`."""
+    def __init__(self, w: Mamba1Weights, rows: int, *, tiled: bool = False, sums: int = 0) -> None:
+        """`tiled`: y lies in `large.tiles`; `sums`: x_proj's outputs come as so many sums over channels, or 0."""
         self._w, self._norms = w, w.inner_norms or (None, None, None)
         channels, rank = w.dt_proj.weight.shape
         parts = -(-rank // 32)
@@ -138,9 +139,10 @@ class Recur:
             **{"W": TYPES[w.dt_proj.weight.dtype], "P": TYPES[w.norm.dtype], "RANK": rank, "BATCH": rows},
             **{"NORMS": int(bool(w.inner_norms)), "EPSILON": f"{w.inner_norm_epsilon:.9e}f"},
             **{"DISCRETIZATION": DISCRETIZATIONS[w.discretization], "AHEAD": at_once},
-            **{"TILE_ROWS": tile_rows(rows) if tiled else 0, "GROUPS": groups},
+            **{"TILE_ROWS": tile_rows(rows) if tiled else 0, "GROUPS": groups, "SUMS": sums, "ONCE": int(tiled)},
         }
         grid = (channels // RECUR_CHANNELS, ceil(rows / (RECUR_ROWS * groups)))
+        macros["REDUCERS"] = min(grid[0] * grid[1], REDUCERS * multiprocessors(w.norm.device))
         self._launch = Launch("recur", w.norm.device, grid, 4 * RECUR_CHANNELS, macros, shared[groups - 1])
 
     @staticmethod
@@ -149,10 +151,22 @@ class Recur:
         (channels, states), rank = w.A_log.shape, w.dt_proj.weight.shape[1]
         return states == RECUR_STATES and channels % RECUR_CHANNELS == 0 and rank <= RECUR_RANK
 
-    def __call__(self, x: Tensor, z: Tensor, selected: Tensor, state: Tensor, y: Tensor) -> None:
-        """x, z and y [rows channels], selected [rows rank + 2 states] float32; the state is overwritten."""
+    def __call__(
+        self,
+        x: Tensor,
+        z: Tensor,
+        selected: Tensor,
+        state: Tensor,
+        y: Tensor,
+        told: Tensor | None = None,
+        epoch: Tensor | None = None,
+    ) -> None:
+        """x, z and y [rows channels], selected [rows rank + 2 states] float32, or [sums ..]; the state is overwritten.
+
+        Blocks tell each other the sums of the sums in `told` [rows rank + 2 states 2] int32; no two epochs are alike.
+        """
         w = self._w
         self._launch(
-            *(x, x.stride(0), z, z.stride(0), selected, selected.stride(0), w.dt_proj.weight, w.dt_bias),
-            *(*self._norms, w.A_log, w.D, state, y, y.stride(0), w.dt_proj.weight.shape[0]),
+            *(x, x.stride(0), z, z.stride(0), selected, selected.stride(-2), w.dt_proj.weight, w.dt_bias),
+            *(*self._norms, w.A_log, w.D, state, y, y.stride(0), w.dt_proj.weight.shape[0], told, epoch),
         )

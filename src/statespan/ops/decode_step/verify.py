@@ -4,6 +4,7 @@ Products see tokens as rows, so that the weights are read once; see verify_conv.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import inf
 
 import torch
@@ -19,8 +20,9 @@ from statespan.ops.decode_step.project import TYPES, Gated, Normed, Product
 from statespan.ops.decode_step.stream import Stream, product
 from statespan.ops.decode_step.update import UPDATE_WARPS
 from statespan.ops.decode_step.weights import Mamba1Weights, Mamba2Weights, Projection
-from statespan.ops.rms_norm import gated_rms_norm
+from statespan.ops.rms_norm import gated_rms_norm, rms_norm
 
+FEW_TOKENS = 64  # of all rows; beyond, x_proj and dt_proj are a library's products
 MOST_TOKENS = 16  # of a row: a thread of the conv holds what it reads of them
 F32 = torch.float32
 Weights = Mamba1Weights | Mamba2Weights
@@ -42,16 +44,18 @@ def mamba1(
     into, out = _into(w, rows, hidden_dtype, few), _out(w.out_proj, rows, hidden_dtype, few)
     select, selected_dtype = _select(w, rows, hidden_dtype, few)
     conv = _Convolve(w, num_rows, num_tokens, dtype, conv_dtype)
-    update = _Update(w, num_rows, num_tokens, (dtype, selected_dtype), (1, channels, 1), states, rank)
+    steps = _steps(w) if rows > FEW_TOKENS and selected_dtype == F32 else None
+    own_rank = rank if steps is None else 0  # the recurrence multiplies itself
+    update = _Update(w, num_rows, num_tokens, (dtype, selected_dtype), (1, channels, 1), states, own_rank)
 
     def step(hidden: Tensor, window: Tensor, state: Tensor, windows: Tensor, states_after: Tensor) -> Tensor:
         projected = into(hidden)
         x, z = projected[:, :channels], projected[:, channels:]
         conv(x, window, windows)
         selected = select(x)
-        B, C = selected[:, rank:], selected[:, rank + states :]
+        dt, B, C = (selected[:, skip:] for skip in (0, rank, rank + states))
         y = x.new_empty(rows, channels)
-        update(x, z, selected, B, C, state, states_after, y, w.out_proj.weight)
+        update(x, z, dt if steps is None else steps(dt[:, :rank]), B, C, state, states_after, y, w.out_proj.weight)
         return out(hidden, y, z)
 
     return step
@@ -100,8 +104,27 @@ def _select(
     if few:
         return _made(Product(w.x_proj, rows, hidden_dtype), rows), F32
     if multiplies(w.x_proj) and w.x_proj.weight.dtype == w.norm.dtype:
-        return Multiply(w.x_proj, rows), F32
+        multiplied = Multiply(w.x_proj, rows) if rows <= FEW_TOKENS else partial(wide_product, weight=w.x_proj.weight)
+        return multiplied, F32
     return lambda x: many.multiplied(x, w.x_proj), w.norm.dtype
+
+
+def _steps(w: Mamba1Weights) -> Callable[[Tensor], Tensor] | None:
+    """dt_proj of many tokens, whose weights the recurrence would read for each row; None: it must."""
+    weight = w.dt_proj.weight
+    if not multiplies(w.dt_proj) or weight.dtype != w.norm.dtype:
+        return None
+
+    def steps(dt: Tensor) -> Tensor:
+        normed = rms_norm(dt, w.inner_norms[0], eps=w.inner_norm_epsilon) if w.inner_norms else dt.to(weight.dtype)
+        return wide_product(normed, weight)
+
+    return steps
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, not rounded."""
+    return torch.mm(x, weight.t(), out_dtype=F32)
 
 
 def _out(

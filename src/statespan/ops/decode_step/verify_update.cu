@@ -1,12 +1,11 @@
 // TOKENS tokens of the recurrence of update.cu, h' = Abar h + Bbar x, y = C h' + D x: it starts from `state`, which stays
 // as it is, and keeps the state after each token. Rows, lanes and blocks are update.cu's.
 //
-// Macros: those of update.cu, and F type of dt, B and C; TOKENS.
+// Macros: those of update.cu, and F type of dt, B and C; TOKENS. Without RANK dt is what dt_proj gave, or SSD's.
 
 #include "step.cuh"
 #include "recurrence.cuh"
 
-static_assert(RANK || SSD);
 constexpr int THREADS = 32 * WARPS, AT_ONCE = THREADS / SHARED_BY, ROWS = AT_ONCE * TILE;
 constexpr int PIECES = (STATES + 4 * SHARED_BY - 1) / (4 * SHARED_BY);  // of 4 states a lane
 constexpr int SELECTION = RANK + 2 * STATES, V = 16 / sizeof(W);
@@ -75,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) verify_update(
     }
     wait_for_previous();
     bring_ahead(ahead, ahead_bytes);
-    float tokens[TILE][TOKENS], gates[TOKENS], steps[TOKENS];  // with a gate TILE is 1, and without RANK a block has a head
+    float tokens[TILE][TOKENS], gates[TOKENS], steps[TOKENS];  // with a gate TILE is 1, and an SSD block has a head
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
@@ -84,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) verify_update(
             tokens[i][t] = fresh(x + (row + t) * x_stride + channel);
             if (i == 0) gates[t] = z ? fresh(z + (row + t) * z_stride + channel) : 0.0f;
         }
-        steps[t] = RANK ? 0.0f : fresh(dt + (row + t) * dt_stride + head);
+        steps[t] = RANK ? 0.0f : fresh(dt + (row + t) * dt_stride + (SSD ? head : min(i64(first), head_size - 1)));
     }
 #pragma unroll 8
     for (int i = threadIdx.x; i < TOKENS * SELECTION; i += THREADS) {

@@ -1,0 +1,33 @@
+"""Recording a CUDA graph, and what it is good for."""
+
+import gc
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Generator[None]:
+    """What is launched inside becomes `graph`; graphs of one `pool`, a graph_pool_handle, share its memory."""
+    gc_was_enabled = gc.isenabled()
+    gc.disable()  # an old graph that is collected now would end the capture
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+
+
+def addresses(module: nn.Module) -> tuple[int, ...]:
+    """Where all weights and buffers are: a graph holds these, and reads there what a training step left."""
+    found: list[int] = []
+    modules = [module]
+    for each in modules:  # parameters() and buffers() take ten times as long
+        fields = vars(each)
+        found += (x.data_ptr() for kind in ("_parameters", "_buffers") for x in fields[kind].values() if x is not None)
+        modules += (child for child in fields["_modules"].values() if child is not None)
+    return tuple(found)
