@@ -7,11 +7,13 @@ from torch.nn import functional as F
 
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import causal_conv1d, causal_conv1d_update
-from statespan.ops.causal_conv1d import in_block
+from statespan.ops.causal_conv1d import backends
 
-GPU = ["triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
+GPU = ["cuda", "triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 FAST = ["cpu", *GPU]
+OF_STEPS = ["cpu", *GPU[1:]]
 BACKENDS = [*FAST, "torch", "reference"]
+UPDATE = {"cuda": "triton"}  # the update has no CUDA kernel
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2**-7}  # of the largest value: a few roundings of the dtype
 
 
@@ -233,7 +235,7 @@ def test_padding_is_invisible_even_when_it_is_nan(backend):
         assert torch.equal(final[b], last[0]) and not grad[b, ~real[b]].any()
 
 
-@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@pytest.mark.parametrize("backend", [*OF_STEPS, "reference"])
 @pytest.mark.parametrize(("channels", "taps"), [(1, 1), (5, 4), (33, 2), (1536, 4), (40, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_equal_the_scan(backend, channels, taps, dtype):
@@ -250,7 +252,7 @@ def test_steps_equal_the_scan(backend, channels, taps, dtype):
     assert torch.equal(state, before), "the state that went in is left as it is"
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", OF_STEPS)
 def test_step_without_bias_and_activation(backend):
     x, weight, _, state = make(length=1)
     y, _ = causal_conv1d_update(state, x[:, 0], weight, activation=None, backend=backend)
@@ -275,7 +277,7 @@ def test_scratch_and_outputs_may_hold_anything_before(backend, nan_in_new_tensor
     check_all(*make(channels=21), segments, backend)
     check_all(*make(channels=21, state=False), None, backend)
     x, weight, bias, state = make(length=1)
-    y, carried = causal_conv1d_update(state, x[:, 0], weight, bias, backend=backend)
+    y, carried = causal_conv1d_update(state, x[:, 0], weight, bias, backend=UPDATE.get(backend, backend))
     assert y.isfinite().all() and carried.isfinite().all()
 
 
@@ -328,7 +330,8 @@ def test_opcheck(backend):
         ops.causal_conv1d_backward.default, (y, final, x, weight, bias, state, segments, True, backend)
     )
     if backend != "torch":
-        torch.library.opcheck(ops.causal_conv1d_update.default, (state, x[:, 0], weight, bias, True, backend))
+        update = UPDATE.get(backend, backend)
+        torch.library.opcheck(ops.causal_conv1d_update.default, (state, x[:, 0], weight, bias, True, update))
 
 
 def test_compiles_into_one_graph():
@@ -379,28 +382,47 @@ def test_bad_input_of_the_step():
 
 
 @pytest.mark.parametrize("backend", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
-@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "final state", "packed"])
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "inner", "taps"),
     [(2, 70, 320, 96, 4), (1, 1, 64, 16, 4), (3, 333, 128, 160, 3), (1, 2, 192, 48, 2), (2, 9, 24, 5, 4)],
 )
-def test_gradients_behind_a_product(batch, length, channels, inner, taps, final, backend):
-    """What a block adds through x_proj: in bfloat16 one kernel on a GPU, unless there is a final state's gradient."""
+def test_gradients_behind_a_product(batch, length, channels, inner, taps, kind, backend):
+    """What a block adds through x_proj: in bfloat16 one kernel on a GPU."""
     low = torch.bfloat16
     weight, bias = torch.randn(channels, taps), torch.randn(channels) if taps > 2 else None
     x = torch.randn(batch, length, 2 * channels).to(low)[..., :channels]
     grad_y, matrix = torch.randn(batch, length, channels).to(low), (torch.randn(inner, channels) / inner**0.5).to(low)
     through = torch.randn(batch, length, inner).to(low)
-    grad_state = torch.randn(batch, taps - 1, channels).to(low) if final else None
-    inputs = [value.double().requires_grad_() for value in (x, weight, bias) if value is not None]
-    outputs = truth(*inputs, *[None] * (5 - len(inputs)))
-    upstream = (grad_y.double() + through.double() @ matrix.double(), grad_state)
-    exact = torch.autograd.grad(outputs[: 1 + final], inputs, upstream[: 1 + final])
+    grad_state, state, segments = torch.randn(batch, taps - 1, channels).to(low), None, None
+    if kind == "packed":
+        state = torch.randn(batch, taps - 1, channels).to(low)
+        segments = (torch.rand(batch, length) < 0.1).cumsum(1).masked_fill(torch.rand(batch, length) < 0.2, -1)
+    leaves = [None if value is None else value.double().requires_grad_() for value in (x, weight, bias, state)]
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    count = 1 if kind == "plain" else 2
+    upstream = (grad_y.double() + through.double() @ matrix.double(), grad_state)[:count]
+    exact = iter(torch.autograd.grad(truth(*leaves, segments)[:count], inputs, upstream, materialize_grads=True))
 
     into = torch.full((batch, length, 2 * channels), torch.nan, dtype=low)
-    found = in_block.backward(
-        grad_y.clone(), through, matrix, grad_state, x, weight, bias, None, None, into[..., :channels]
-    )
+    given = (None if kind == "plain" else grad_state, x, weight, bias, state, segments, into[..., :channels])
+    found = backends.backward_behind(grad_y.clone(), through, matrix, *given)
     assert into[..., channels:].isnan().all()
-    for value, wanted in zip((into[..., :channels], *found), exact, strict=False):
-        assert error(value, wanted) < LIMIT[low], value.shape
+    for value, leaf in zip((into[..., :channels], *found[1:]), leaves, strict=True):
+        if leaf is None:
+            assert value.numel() == 0
+        else:
+            assert error(value, next(exact)) < LIMIT[low], value.shape
+
+
+@pytest.mark.parametrize(("rows", "taps", "taken"), [(2, 8, True), (2, 9, False), (1 << 16, 4, False)])
+def test_what_the_cuda_kernels_take(rows, taps, taken, monkeypatch):
+    limits = []
+
+    def resolve(*_, too_large):
+        limits.append(too_large)
+        return "reference"
+
+    monkeypatch.setattr(backends, "resolve", resolve)
+    backends.forward(torch.zeros(rows, 1, 2), torch.zeros(2, taps), None, None, None, True, "auto")
+    assert [name for name, _ in limits[0]] == ([] if taken else ["cuda"])

@@ -159,7 +159,11 @@ def test_sizes_and_dtypes_and_old_gpus_are_told(packages, monkeypatch, capfd):
     forget()
     dispatch.resolve("causal_conv1d", "auto", GPU, torch.float32)
     said = capfd.readouterr().err
-    assert "'torch'. 'triton': it needs compute capability 8.0 or above, and Tesla T4 is older" in said
+    assert all(
+        f"{name!r}: it needs compute capability 8.0 or above, and Tesla T4 is older" in said
+        for name in ("cuda", "triton")
+    )
+    assert "slower backend 'torch'" in said
 
 
 def test_on_a_cpu_a_missing_numba_is_told(without_numba, capfd):

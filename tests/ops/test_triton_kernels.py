@@ -25,9 +25,10 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from statespan.ops.grouped_mlp import triton_backward, triton_many
+from statespan.ops.grouped_mlp import triton_backward, triton_many, triton_routing
 from statespan.ops.grouped_mlp.experts import Experts
 from statespan.ops.selective_scan import inputs as scan_inputs
+from statespan.ops.ssd import triton_plan
 from statespan.ops.ssd.inputs import Inputs, Options
 from statespan.ops.triton_kernels.weights import cast, sum_of_parts
 
@@ -123,12 +124,16 @@ def launch_experts(experts: ModuleType) -> None:
     x, up_bias, down_bias = empty(2048, 1024, dtype=BF16), empty(8, 4096, dtype=BF16), empty(8, 1024, dtype=BF16)
     int8 = Experts(up, down, up_bias, down_bias, empty(8, 4096), empty(8, 1024))
     experts.forward(x[:1], index[:1], chosen[:1], int8, "swiglu", False)
+    experts.forward(x[:60], index[:60, :1], chosen[:60, :1], int8, "swiglu", False)  # y without adding up
     experts.forward(x, index, chosen, int8, "swiglu", False)  # enough rows for a copy of the weights
     float16 = Experts(up.to(BF16), down.to(BF16), up_bias, down_bias)
     _, kept = experts.forward(x, index, chosen, float16, "swiglu", True)
     triton_backward.backward(x, kept, x, index, chosen, float16, "swiglu")
     plain = Experts(float16.up_proj[:, :2048].contiguous(), float16.down_proj, None, None)
     experts.forward(x, index, chosen, plain, "gelu", False)
+    if triton_many.shared_memory(x.device) >= triton_many.SHARED:  # so few rows that the sums take shorter steps
+        places = triton_routing.sort(index[:500], 8, 64)
+        triton_many.weight_gradients(x[:1504], x[:1504], places, empty(8, 1024, 1024, dtype=BF16))
 
 
 def launch_ssd(dual: ModuleType) -> None:
@@ -174,7 +179,8 @@ def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
 def unwritten_registers(disassembly: str) -> list[str]:
     """Instructions (for sm_80, sm_90) that read a uniform register which none before them has written.
 
-    Before them in memory, which is enough: what jumps back has come this way.
+    Before them in memory, which is enough: what jumps back has come this way. It was seen in kernels with products,
+    where a tile's address is in such registers.
     """
     written: set[int] = set()
     found = []
@@ -234,9 +240,10 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("rms_norm", "grouped_mlp", "decode_attention", "ssd"):
         monkeypatch.setattr(BACKENDS[name], "shared_memory", lambda device: shared)
     monkeypatch.setattr(triton_many, "shared_memory", lambda device: shared)
-    for backend in (*BACKENDS.values(), triton_many):
+    monkeypatch.setattr(triton_many, "hopper", lambda device: request.node.callspec.params["target"] == "sm_90")
+    for backend in (*BACKENDS.values(), triton_many, triton_plan):
         monkeypatch.setattr(backend, "multiprocessors", lambda device: 132, raising=False)
-    monkeypatch.setattr(BACKENDS["ssd"], "precision", lambda device: "bf16x6")
+    monkeypatch.setattr(triton_plan, "precision", lambda device: "bf16x6")
     launch_all()
     return found
 
@@ -251,20 +258,22 @@ def said_of(binary: Path, tool: str, option: str) -> str:
 def test_every_kernel_compiles_and_fits(
     target: str, launches: list[tuple[ASTSource, dict[str, int]]], tmp_path: Path
 ) -> None:
-    assert len(launches) == (100 if target in ("sm_90", "sm_100") else 93)  # these copy tiles by descriptors
+    assert len(launches) == (105 if target in ("sm_90", "sm_100") else 95)  # these copy tiles by descriptors
+    checked: set[bytes] = set()  # kernels are launched with other sizes again
     for source, options in launches:
         compiled = triton.compile(source, target=TARGETS[target], options=options)
         assert compiled.metadata.shared <= SHARED_KIB[target] << 10, source.name
-        if target.startswith("sm_"):
-            (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        if target.startswith("sm_") and (binary := compiled.asm["cubin"]) not in checked:
+            checked.add(binary)
+            (tmp_path / "kernel.cubin").write_bytes(binary)
             usage = said_of(tmp_path / "kernel.cubin", "cuobjdump", "--dump-resource-usage")
             assert "LOCAL:0" in usage, f"{source.name}: {usage}"
             spilled = re.search(r"STACK:(\d+)", usage)
             assert spilled is not None
             assert int(spilled[1]) <= SPILL_BYTES.get(source.fn.__module__.split(".")[-2], 0), f"{source.name}: {usage}"
-        if target in ("sm_80", "sm_90"):
-            code = said_of(tmp_path / "kernel.cubin", "nvdisasm", "-c")
-            assert not unwritten_registers(code), f"{source.name}: {unwritten_registers(code)[0]}"
+            if target in ("sm_80", "sm_90") and "tt.dot" in compiled.asm["ttir"]:  # nvdisasm takes a third of a second
+                code = said_of(tmp_path / "kernel.cubin", "nvdisasm", "-c")
+                assert not unwritten_registers(code), f"{source.name}: {unwritten_registers(code)[0]}"
 
 
 @pytest.mark.parametrize(

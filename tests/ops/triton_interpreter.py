@@ -76,7 +76,7 @@ def causal_conv1d() -> Iterator[Pair]:
     from statespan.ops.causal_conv1d import reference, triton_backend
 
     triton_backend.SEARCH = 4
-    triton_backend._strips = lambda x, *_: (-(-x.shape[1] // 6), 6)
+    triton_backend._strips = lambda shape, *_: (-(-shape[1] // 6), 6)
     segments = (None, "packed", "anything", "mostly padding")
     for length, taps, kind, state in product((1, 21), (1, 4), segments, (False, True)):
         x, weight, bias = torch.randn(2, length, 41)[..., 1:21], torch.randn(20, taps), torch.randn(20)
@@ -186,6 +186,7 @@ def grouped_mlp_of_many() -> Iterator[Pair]:
     triton_many.serves, triton_many.TILE = lambda *_: True, triton_many.Tile(32, 16, 16, 2, 1)
     triton_many.GROUP, triton_many.SCHEDULE_VALUES = 2, 64
     for activation, bias, top_k in (("swiglu", True, 2), ("gelu", False, 1)):
+        triton_many.hopper = lambda device, plain=bias: not plain
         up_size = 80 if activation == "swiglu" else 40
         index = torch.randint(-1, 4, (50, top_k))
         index[index == 2] = 1
@@ -208,7 +209,7 @@ def grouped_mlp() -> Iterator[Pair]:
 
     torch.use_deterministic_algorithms(True)  # new tensors are NaN
     triton_backend.UNALIGNED = triton_backend.Tile(16, 16, 16, 2, 1)
-    triton_backend._stream = lambda weight, rows: triton_backend.Tile(16, rows, 16, 2, 1)
+    triton_backend._stream = lambda weight, rows, size: triton_backend.Tile(16, rows, 16, 2, 1)
     triton_backend.multiprocessors = lambda device: 40
     triton_routing.SORT_VALUES, triton_routing.SORT_PROGRAMS, triton_backend.GROUP = 64, 3, 2
     for (activation, bias), tokens in product((("swiglu", True), ("gelu", False), ("relu", True)), (2, 40)):
@@ -234,6 +235,15 @@ def grouped_mlp() -> Iterator[Pair]:
     yield y, by_expert.forward(*exact_inputs, False)[0]
     triton_many.WIDENED, triton_many.WIDEN_BLOCK = 1, 256
     yield triton_many.widened(int8, x.half(), 1), int8.double()
+    index, x, weight = torch.randint(-1, 4, (40, 1)), torch.randn(40, 22), torch.rand(40, 2)[:, :1]
+    index[3], experts = 4, (torch.randn(4, 20, 22), torch.randn(4, 22, 20), None, torch.randn(4, 22))
+    triton_backend.multiprocessors = lambda device: 4  # so that one choice a token needs no adding up
+    y, _ = triton_backend.forward(x, index, weight, Experts(*experts), "relu", False)
+    assert y[3].isnan().all()
+    served = index[:, 0] < 4
+    exact_inputs = (*wide(x[served]), index[served], *wide(weight[served]), Experts(*wide(*experts)), "relu")
+    yield y[served], by_expert.forward(*exact_inputs, False)[0]
+    triton_backend.multiprocessors = lambda device: 40
     experts = (torch.randn(2, 288, 6), torch.randn(2, 6, 144), torch.randn(2, 288), torch.randn(2, 6))
     x, index, weight = torch.randn(2, 6), torch.tensor([[0], [-1]]), torch.rand(2, 1)
     y, _ = triton_backend.forward(x, index, weight, Experts(*experts), "geglu", False)  # in two splits
@@ -285,15 +295,15 @@ def decode_attention() -> Iterator[Pair]:
 
 
 def ssd() -> Iterator[Pair]:
-    from statespan.ops.ssd import reference, triton_backend
+    from statespan.ops.ssd import reference, triton_backend, triton_plan
     from statespan.ops.ssd.inputs import Inputs, Options
 
-    launch = triton_backend.Launch(4, 1)
-    sizes = triton_backend.Sizes(16, 16, launch, launch, launch, launch)
-    triton_backend.sizes_for, triton_backend.STEP_HEADS, triton_backend.PART_N = (lambda x, states: sizes), 4, 16
+    launch = triton_plan.Launch(4, 1)
+    sizes = triton_plan.Sizes(16, 16, launch, launch, launch, launch)
+    triton_backend.sizes_for, triton_plan.STEP_HEADS, triton_plan.PART_N = (lambda x, states: sizes), 4, 16
     cases = ((37, "mamba", None, 1), (37, "zoh", "packed", 99), (20, "bilinear", "anything", 1), (1, "mamba", None, 1))
     for place, (length, discretization, kind, processors) in enumerate(cases):
-        triton_backend.multiprocessors = lambda device, count=processors: count
+        triton_plan.multiprocessors = lambda device, count=processors: count
         x, dt = torch.randn(2, length, 4, 25)[..., 1:21], torch.randn(2, length, 4)
         A, (D, bias) = -torch.rand(4) * 4 - 0.05, torch.randn(2, 4)
         B, C = torch.randn(2, length, 2, 2, 20).unbind(2)

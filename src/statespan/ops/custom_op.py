@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 LIBRARY = torch.library.Library("statespan", "FRAGMENT")
@@ -25,8 +26,9 @@ def define(
 ) -> Any:
     """Register `statespan::name(...)` and return a function that calls it with positional arguments.
 
-    Where nobody looks on (no compilation, no dispatch mode, no autograd), the function calls the kernel itself and
-    saves the dispatcher's 3 to 6 us.
+    Where nobody looks on (no compilation, no dispatch mode, no functorch), the function calls the kernel itself, under
+    autograd with a node of its own: it saves the dispatcher's 3 to 6 us, and the 100 to 400 that torch.library's
+    autograd takes for an op of 15 to 30 arguments.
 
     Args:
         schema: the signature as torch.library writes it, starting with the name.
@@ -42,14 +44,38 @@ def define(
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
     op = getattr(torch.ops.statespan, name.split("::")[1]).default
 
+    recorded = None if backward is None or setup_context is None else _recorded(name, kernel, setup_context, backward)
+
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
             return op(*args)
-        if type(args[0]) is not Tensor or is_in_torch_dispatch_mode():
+        if not torch.is_grad_enabled():
+            return kernel(*args) if type(args[0]) is Tensor else op(*args)
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if not all(type(value) in _PLAIN for value in tensors):
             return op(*args)
-        return kernel(*args)
+        if not any(value.requires_grad for value in tensors):
+            return kernel(*args)
+        return op(*args) if recorded is None else recorded(*args)
 
     return call
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _recorded(
+    name: str, kernel: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The kernel as a function that can be differentiated once: a second time is an error, not zeros."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    return type(name.replace("::", "_"), (torch.autograd.Function,), members).apply
 
 
 def gradients(

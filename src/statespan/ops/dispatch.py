@@ -118,7 +118,7 @@ BACKENDS = {
 OPS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("cpu", "cuda", "triton", "reference"),
     "ssd": ("triton", "torch", "reference"),
-    "causal_conv1d": ("cpu", "triton", "torch", "reference"),
+    "causal_conv1d": ("cpu", "cuda", "triton", "torch", "reference"),
     "causal_conv1d_update": ("cpu", "triton", "reference"),
     "selective_state_update": ("cpu", "triton", "reference"),
     "ssd_state_update": ("cpu", "triton", "reference"),

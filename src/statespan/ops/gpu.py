@@ -12,6 +12,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @cache
+def hopper(device: torch.device) -> bool:
+    """Whether its matrix units are Hopper's, which add up in registers; later ones do in a memory of their own."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
     if device.type != "cuda":

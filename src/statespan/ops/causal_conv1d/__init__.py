@@ -12,8 +12,8 @@ from statespan.ops.arguments import (
     needs_gradients,
     refuse_gradients,
 )
-from statespan.ops.causal_conv1d import reference, torch_backend
-from statespan.ops.custom_op import define, gradients
+from statespan.ops.causal_conv1d import backends, reference
+from statespan.ops.custom_op import define
 from statespan.ops.dispatch import resolve
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
@@ -54,6 +54,7 @@ def causal_conv1d(
     Numerics: sums and SiLU in float32 (float64 for float64 inputs).
 
     Example:
+        >>> import torch
         >>> y, state = causal_conv1d(torch.randn(1, 5, 8), torch.randn(8, 4), return_final_state=True)
         >>> y.shape, state.shape
         (torch.Size([1, 5, 8]), torch.Size([1, 3, 8]))
@@ -96,6 +97,7 @@ def causal_conv1d_update(
         BackendUnavailable: the named backend cannot run here, with the reason.
 
     Example:
+        >>> import torch
         >>> y, state = causal_conv1d_update(torch.zeros(1, 3, 8), torch.randn(1, 8), torch.randn(8, 4))
     """
     check_dim("causal_conv1d_update", "x", x, "[b d]")
@@ -117,65 +119,6 @@ def _check(op: str, channels: int, weight: Tensor, bias: Tensor | None, activati
     if activation is not None:
         check_name(f"activation of {op}", activation, ("silu",))
     return activation is not None
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    silu: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    match resolve("causal_conv1d", backend, x.device, x.dtype, weight.dtype):
-        case "cpu":
-            from statespan.ops.causal_conv1d import cpu  # loads compiled kernels, so imported when it runs
-
-            return cpu.forward(x, weight, bias, initial_state, segments, silu)
-        case "triton":
-            from statespan.ops.causal_conv1d import triton_backend  # imports Triton, so imported when it runs
-
-            return triton_backend.forward(x, weight, bias, initial_state, segments, silu)
-        case "torch":
-            return torch_backend.causal_conv1d(x, weight, bias, initial_state, segments, silu)
-        case _:
-            return reference.causal_conv1d(x, weight, bias, initial_state, segments, silu)
-
-
-def _backward(
-    grad_y: Tensor,
-    grad_final_state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    silu: bool,
-    backend: str,
-    into: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the initial state; that of x is written to `into` [b t d], where it is given."""
-    name = resolve("causal_conv1d", backend, x.device, x.dtype, weight.dtype)
-    if name == "cpu":
-        from statespan.ops.causal_conv1d import cpu  # loads compiled kernels, so imported when it runs
-
-        found = cpu.backward(grad_y, grad_final_state, x, weight, bias, initial_state, segments, silu)
-    elif name == "triton":
-        from statespan.ops.causal_conv1d import triton_backend  # imports Triton, so imported when it runs
-
-        found = triton_backend.backward(grad_y, grad_final_state, x, weight, bias, initial_state, segments, silu, into)
-    else:
-        function = (torch_backend if name == "torch" else reference).causal_conv1d
-        found = gradients(
-            lambda x, weight, bias, initial_state: function(x, weight, bias, initial_state, segments, silu),
-            (x, weight, bias, initial_state),
-            (grad_y, grad_final_state),
-        )
-    if into is not None and found[0] is not None and found[0] is not into:
-        found = into.copy_(found[0]), *found[1:]
-    absent = x.new_empty(0)
-    return tuple(absent if gradient is None else gradient for gradient in found)  # type: ignore[return-value]  # four
 
 
 def _fake_forward(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -237,7 +180,7 @@ def _fake_update(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _causal_conv1d = define(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? segments, bool silu,"
     " str backend) -> (Tensor, Tensor)",
-    _forward,
+    backends.forward,
     _fake_forward,
     setup_context=_setup_context,
     backward=_autograd,
@@ -245,7 +188,7 @@ _causal_conv1d = define(
 _causal_conv1d_backward = define(
     "causal_conv1d_backward(Tensor grad_y, Tensor grad_final_state, Tensor x, Tensor weight, Tensor? bias,"
     " Tensor? initial_state, Tensor? segments, bool silu, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    backends.backward,
     _fake_backward,
 )
 _causal_conv1d_update = define(

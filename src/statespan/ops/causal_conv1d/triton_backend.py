@@ -1,8 +1,7 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """The causal depthwise convolution on GPUs: tensors to the kernels of `triton_kernels*.py`."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from statespan.ops.causal_conv1d import triton_kernels_backward as backward_kern
 from statespan.ops.gpu import multiprocessors
 from statespan.ops.layout import contiguous, last_contiguous
 from statespan.ops.triton_kernels import on, power_of_two
+from statespan.ops.triton_kernels.launcher import launch
 from statespan.ops.tuning import Tunable
 
 SEARCH = 128  # tokens that are looked through at once for one that is no padding
@@ -24,13 +24,14 @@ def _block(channels: int) -> int:
     return min(128 * WARPS, max(16, power_of_two(channels)))
 
 
-def _strips(x: Tensor, warps_at_once: int, longest: int) -> tuple[int, int]:
+@lru_cache(maxsize=1024)
+def _strips(shape: torch.Size, device: torch.device, warps_at_once: int, longest: int) -> tuple[int, int]:
     """Strips of each row, and their tokens: whole waves of programs, as few as strips of at most `longest` allow.
 
     A last wave that is nearly empty costs as much as a full one.
     """
-    batch, length, channels = x.shape
-    wave = multiprocessors(x.device) * warps_at_once // WARPS
+    batch, length, channels = shape
+    wave = multiprocessors(device) * warps_at_once // WARPS
     lanes = batch * -(-channels // _block(channels))  # programs for one strip of each row
     waves = max(1, lanes * -(-length // longest) // wave)
     while lanes * -(-length // longest) > waves * wave:
@@ -50,10 +51,12 @@ def forward(
         return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     x = last_contiguous(x)
     tuned = (FORWARD if segments is None else FORWARD_SEGMENTS).best(x.device, channels)
-    strips, strip = _strips(x, tuned["warps_at_once"], tuned["longest"])
+    strips, strip = _strips(x.shape, x.device, tuned["warps_at_once"], tuned["longest"])
     block = _block(channels)
     with on(x.device):
-        kernels.forward[(batch * strips * -(-channels // block),)](
+        launch(
+            kernels.forward,
+            (batch * strips * -(-channels // block),),
             x,
             weight,
             contiguous(bias),
@@ -101,11 +104,13 @@ def backward(
         return grad_x, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), grad_initial_state
     x, grad_y = last_contiguous(x), last_contiguous(grad_y)
     tuned = (BACKWARD if segments is None else BACKWARD_SEGMENTS).best(x.device, channels)
-    strips, strip = _strips(x, tuned["warps_at_once"], tuned["longest"])
+    strips, strip = _strips(x.shape, x.device, tuned["warps_at_once"], tuned["longest"])
     block = _block(channels)
     parts = x.new_empty(batch * strips, taps + 1, channels, dtype=torch.float32)
     with on(x.device):
-        backward_kernels.backward[(batch * strips * -(-channels // block),)](
+        launch(
+            backward_kernels.backward,
+            (batch * strips * -(-channels // block),),
             grad_y,
             grad_final_state.contiguous(),
             x,
@@ -150,7 +155,9 @@ def update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: 
         return y, next_state
     block = _block(channels)
     with on(x.device):
-        kernels.update[(batch * -(-channels // block),)](
+        launch(
+            kernels.update,
+            (batch * -(-channels // block),),
             state,
             x,
             weight,

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from statespan.errors import UserError
 from statespan.ops.arguments import check_devices, check_dim, check_name, check_shape, needs_gradients
-from statespan.ops.autocast import autocast
+from statespan.ops.autocast import product_dtype
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
 from statespan.ops.linear_cross_entropy import chunked, in_place, reference
@@ -69,8 +69,7 @@ def linear_cross_entropy(
     valid = vocab_size if valid_vocab_size is None else valid_vocab_size
     if not 0 < valid <= vocab_size:
         raise UserError(f"{op}: valid_vocab_size must be in 1 .. {vocab_size}, the rows of weight; got {valid}")
-    weight = autocast(weight)
-    rows = hidden.reshape(-1, hidden_size).to(weight.dtype)
+    rows = hidden.reshape(-1, hidden_size).to(product_dtype(weight))
     loss, _, _ = _linear_cross_entropy(
         rows,
         weight,
@@ -132,15 +131,15 @@ def _forward(
     if not hidden.is_cuda:  # there the check would wait for the device; a wrong label makes the loss NaN
         _check_labels(labels[labels != ignore_index], valid)
     with torch.autocast(hidden.device.type, enabled=False):
-        name = resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype)
+        name, low = resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype), weight.to(hidden.dtype)
         if name == "reference":
-            loss = reference.linear_cross_entropy(hidden, weight, labels, ignore_index, reduction, valid)
+            loss = reference.linear_cross_entropy(hidden, low, labels, ignore_index, reduction, valid)
             return loss, hidden.new_empty(0), weight.new_empty(0)
         now, scale = not _gradients_wait(reduction, backend), None
         if _mean_at_once(reduction, name):
             scale = labels.new_ones(labels.shape, dtype=torch.float32) / _count(labels, ignore_index)
         losses, grad_hidden, grad_weight = _losses_and_gradients(name)(
-            hidden, weight, labels, ignore_index, valid, scale, now and need_hidden, now and need_weight
+            hidden, low, labels, ignore_index, valid, scale, now and need_hidden, now and need_weight, weight.dtype
         )
     if reduction != "none":
         losses = losses.sum() / (1 if reduction == "sum" else _count(labels, ignore_index))
@@ -162,12 +161,13 @@ def _backward(
     with torch.autocast(hidden.device.type, enabled=False):
         name = resolve("linear_cross_entropy", backend, hidden.device, hidden.dtype)
         if name != "reference":
+            low = weight.to(hidden.dtype)
             return _losses_and_gradients(name)(
-                hidden, weight, labels, ignore_index, valid, grad_loss, need_hidden, need_weight
+                hidden, low, labels, ignore_index, valid, grad_loss, need_hidden, need_weight, weight.dtype
             )[1:]
         found = gradients(
             lambda hidden, weight: (
-                reference.linear_cross_entropy(hidden, weight, labels, ignore_index, reduction, valid),
+                reference.linear_cross_entropy(hidden, weight.to(hidden.dtype), labels, ignore_index, reduction, valid),
             ),
             (hidden, weight),
             (grad_loss,),

@@ -15,6 +15,7 @@ def losses_and_gradients(
     token_scale: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each token's loss, and the gradients of sum(token_scale * loss).
 
@@ -23,9 +24,10 @@ def losses_and_gradients(
             `statespan.ops.linear_cross_entropy`.
         token_scale: [t], or None for ones.
         need_hidden, need_weight: which gradients are wanted; the others come back empty.
+        weight_dtype: of weight's gradient, None for weight's; where weight was cast for autocast, the parameter's.
 
     Returns:
-        losses [t] float32, and the gradients [t h] and [v h] in the dtypes of hidden and weight.
+        losses [t] float32, and the gradients [t h] in hidden's dtype and [v h].
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     counted = (labels != ignore_index).nonzero()[:, 0]
@@ -53,7 +55,7 @@ def losses_and_gradients(
 
     for tokens in parts:
         add(tokens)
-    return losses, grad_hidden, grad_weight.to(weight.dtype)
+    return losses, grad_hidden, grad_weight.to(weight_dtype or weight.dtype)
 
 
 def chunks(counted: Tensor, row_bytes: int, most_bytes: int) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from statespan.ops.linear import add_product
+from statespan.ops.linear import add_product, set_product
 from statespan.ops.linear_cross_entropy.chunked import chunks
 
 COLUMNS = 8  # cuBLAS has its fast products for multiples of 8 columns only: 4 times as fast at 50,277 of them
@@ -41,6 +41,7 @@ def losses_and_gradients(
     token_scale: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked.losses_and_gradients`, by the kernel; `logit_bytes` is the most of one chunk's logits."""
     if hidden.is_cuda:
@@ -51,17 +52,17 @@ def losses_and_gradients(
         counted = (labels != ignore_index).nonzero()[:, 0]
     all_count = counted.shape[0] == labels.shape[0]
     losses = hidden.new_zeros(labels.shape, dtype=torch.float32)
-    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
+    grad_hidden = (hidden.new_empty if all_count else hidden.new_zeros)(hidden.shape if need_hidden else 0)
     head = _head(weight, valid_vocab_size)
     rows = head.shape[0]
     width = -(-rows // ALIGNMENT) * ALIGNMENT
     parts = chunks(counted, width * hidden.element_size(), logit_bytes)
     grad_weight = weight.new_empty(0)
     if need_weight:
-        # Only a sum over chunks needs more than the product's own rounding, and zeros to begin with.
+        # Only a sum over chunks needs more than the product's own rounding.
         shape = (max(rows, weight.shape[0]), weight.shape[1])
-        grad_weight = weight.new_empty(shape, dtype=torch.float32 if len(parts) > 1 else weight.dtype)
-        grad_weight[rows if len(parts) == 1 else 0 :] = 0
+        grad_weight = weight.new_empty(shape, dtype=torch.float32 if len(parts) > 1 else weight_dtype or weight.dtype)
+        grad_weight[rows if parts else 0 :] = 0
     grad_head = grad_weight[:rows]
 
     def over_chunks() -> None:  # a function, so that the logits are gone before the result is cast
@@ -76,15 +77,15 @@ def losses_and_gradients(
             torch.mm(inputs, head.T, out=logits)
             scale = None if token_scale is None else token_scale[place].contiguous()
             losses[place] = kernel(logits, labels[place], scale, valid_vocab_size, need_hidden or need_weight)
-            if need_hidden:
+            if need_hidden and all_count:
+                torch.mm(logits, head, out=grad_hidden[place])
+            elif need_hidden:
                 grad_hidden[place] = logits @ head
-            if need_weight and len(parts) == 1:
-                torch.mm(logits.T, inputs, out=grad_head)
-            elif need_weight:
-                add_product(grad_head, logits.T, inputs)
+            if need_weight:
+                (set_product if number == 0 else add_product)(grad_head, logits.T, inputs)
 
     over_chunks()
-    return losses, grad_hidden, grad_weight[: weight.shape[0]].to(weight.dtype)
+    return losses, grad_hidden, grad_weight[: weight.shape[0]].to(weight_dtype or weight.dtype)
 
 
 def _head(weight: Tensor, valid_vocab_size: int) -> Tensor:

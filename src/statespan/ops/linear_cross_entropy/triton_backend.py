@@ -12,6 +12,7 @@ from torch import Tensor
 
 from statespan.ops.linear_cross_entropy import triton_kernels as kernels
 from statespan.ops.triton_kernels import on
+from statespan.ops.triton_kernels.launcher import launch
 from statespan.ops.tuning import Tunable
 
 LOGIT_BYTES = 320 << 20  # of one chunk's logits, in the dtype of the products
@@ -25,7 +26,9 @@ def losses_and_gradients(
     losses = logits.new_empty(rows, dtype=torch.float32)
     tuned = LOSS.best(logits.device, valid_vocab_size)
     with on(logits.device):
-        kernels.losses_and_gradients[(rows,)](
+        launch(
+            kernels.losses_and_gradients,
+            (rows,),
             logits,
             labels,
             scale,

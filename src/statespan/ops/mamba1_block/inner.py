@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statespan.ops.causal_conv1d import _forward as conv_forward
-from statespan.ops.causal_conv1d.in_block import backward as conv_backward
+from statespan.ops.causal_conv1d import backends as conv_backends
 from statespan.ops.mixer_block import Middle, of_weight
-from statespan.ops.rms_norm import _backward as norm_backward
-from statespan.ops.rms_norm import _forward as norm_forward
+from statespan.ops.rms_norm.backends import backward as norm_backward
+from statespan.ops.rms_norm.backends import forward as norm_forward
 from statespan.ops.selective_scan import _backward as scan_backward
 from statespan.ops.selective_scan import _fake_forward as fake_scan
 from statespan.ops.selective_scan import _forward as scan_forward
@@ -44,7 +43,7 @@ class Inner:
         """u [b t d], and the conv's final state."""
         x = self.xz[..., : self.A_log.shape[0]]
         tensors = (x, self.conv_weight, self.conv_bias, self.initial_conv, self.segments)
-        return conv_forward(*tensors, True, "auto")
+        return conv_backends.forward(*tensors, True, "auto")
 
     def split(self, selected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of x_proj's output [b t r+2n], or of its gradient: dt [b t r], B and C [b t n]."""
@@ -120,8 +119,8 @@ def backward(
     gradients = (grad_dt @ inner.dt_low, grad_B.squeeze(2), grad_C.squeeze(2))
     grad_selected, grad_norms = _through_norms(inner, selected, *gradients)
     conv_inputs = (x, inner.conv_weight, inner.conv_bias, inner.initial_conv, inner.segments)
-    of_conv = conv_backward(grad_u, grad_selected, inner.x_low, grad_conv, *conv_inputs, grad_x)
-    grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
+    of_conv = conv_backends.backward_behind(grad_u, grad_selected, inner.x_low, grad_conv, *conv_inputs, grad_x)
+    _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
     return y, (
         grad_xz,
         grad_conv_weight,

@@ -96,7 +96,7 @@ def mamba2_block(
     initial_conv = None if initial_conv is None else initial_conv.to(dtype)
     ends = (norm, in_proj, in_bias, out_proj, out_bias)
     middle = (conv_weight, conv_bias, dt_bias, A_log, D, gate_norm, initial_conv, initial_state)
-    options = (num_groups, epsilon, norm_size, norm_before_gate, *dt_limit, chunk_size, discretization)
+    options = (num_groups, epsilon, norm_size, norm_before_gate, *map(float, dt_limit), chunk_size, discretization)
     tensors = (hidden, update, *ends, *middle)
     keep = (1 + keep_projected * (1 + keep_convolved)) * needs_gradients(*tensors)
     total, out, conv, state, *_ = _mamba2_block(*tensors, segments, *options, epsilon, dtype, keep)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statespan.ops.causal_conv1d import _backward as conv_backward
-from statespan.ops.causal_conv1d import _forward as conv_forward
+from statespan.ops.causal_conv1d import backends as conv_backends
 from statespan.ops.custom_op import gradients
 from statespan.ops.mixer_block import Middle
-from statespan.ops.rms_norm import _gated_forward as norm_forward
+from statespan.ops.rms_norm.backends import gated_forward as norm_forward
 from statespan.ops.rms_norm.in_block import gated_backward as norm_backward
 from statespan.ops.ssd import _backward as ssd_backward
 from statespan.ops.ssd import _fake_forward as fake_ssd
@@ -54,7 +53,9 @@ class Inner:
 
     def conv(self, xBC: Tensor) -> tuple[Tensor, Tensor]:
         """The conv's output [b t c], and its final state."""
-        return conv_forward(xBC, self.conv_weight, self.conv_bias, self.initial_conv, self.segments, True, "auto")
+        return conv_backends.forward(
+            xBC, self.conv_weight, self.conv_bias, self.initial_conv, self.segments, True, "auto"
+        )
 
     def ssd(self, mixed: Tensor, dt: Tensor) -> tuple[Any, ...]:
         """The arguments of ssd, given the conv's output."""
@@ -127,10 +128,8 @@ def backward(
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, *grad_initial = found
     of_dt.copy_(grad_dt)
     grad_mixed = torch.cat([grad_x.flatten(2), grad_B.flatten(2), grad_C.flatten(2)], dim=-1)
-    if grad_conv is None:
-        grad_conv = xBC.new_zeros(xBC.shape[0], inner.conv_weight.shape[1] - 1, xBC.shape[2])
     conv_inputs = (xBC, inner.conv_weight, inner.conv_bias, inner.initial_conv, inner.segments)
-    of_conv = conv_backward(grad_mixed, grad_conv, *conv_inputs, True, "auto", of_xBC)
+    of_conv = conv_backends.backward(grad_mixed, grad_conv, *conv_inputs, True, "auto", of_xBC)
     _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
     return gated, (
         grad_zxBCdt,

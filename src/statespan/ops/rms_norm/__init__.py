@@ -7,13 +7,10 @@ from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.ops.arguments import check_devices, check_shape
-from statespan.ops.custom_op import define, gradients
-from statespan.ops.dispatch import resolve
-from statespan.ops.rms_norm import reference
+from statespan.ops.custom_op import define
+from statespan.ops.rms_norm import backends
 
 __all__ = ["gated_rms_norm", "rms_norm"]
-
-MAX_TRITON_WIDTH = 1 << 16  # channels that are normalised together: what fits the registers of one program
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, backend: str = "auto") -> Any:
@@ -92,104 +89,6 @@ def gated_rms_norm(
     return _gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate, backend)
 
 
-def _kernels(
-    backend: str, *tensors: Tensor, op: str = "rms_norm", dtype: torch.dtype = torch.float32, width: int = 1
-) -> Any:
-    """The module of the kernels, or None where the reference runs; `width` channels are normalised together."""
-    too_large = ()
-    if width > MAX_TRITON_WIDTH:
-        too_large = (("triton", f"a program holds a row of up to {MAX_TRITON_WIDTH} channels, not {width}"),)
-    dtypes = (dtype, *(tensor.dtype for tensor in tensors))
-    match resolve(op, backend, tensors[0].device, *dtypes, too_large=too_large):
-        case "cpu":
-            from statespan.ops.rms_norm import cpu  # loads compiled kernels, so imported when it runs
-
-            return cpu
-        case "triton":
-            from statespan.ops.rms_norm import triton_backend  # imports Triton, so imported when it runs
-
-            return triton_backend
-        case _:
-            return None
-
-
-def _forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str) -> Tensor:
-    if kernels := _kernels(backend, x, weight, dtype=dtype, width=x.shape[-1]):
-        return kernels.rms_norm(x, weight, eps, dtype)
-    return reference.rms_norm(x, weight, eps, dtype)
-
-
-def _add_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    if kernels := _kernels(backend, x, residual, weight, dtype=dtype, width=x.shape[-1]):
-        return kernels.add_rms_norm(x, residual, weight, eps, dtype)
-    return reference.add_rms_norm(x, residual, weight, eps, dtype)
-
-
-def _backward(
-    grad_y: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x (to which grad_total, the gradient of x itself, is added) and weight."""
-    if kernels := _kernels(backend, x, weight, dtype=grad_y.dtype, width=x.shape[-1]):
-        return kernels.rms_norm_backward(grad_y, grad_total, x, weight, eps)
-    grad_x, grad_weight = gradients(
-        lambda x, weight: (reference.rms_norm(x, weight, eps, grad_y.dtype),), (x, weight), (grad_y,)
-    )
-    assert grad_x is not None and grad_weight is not None
-    return (grad_x if grad_total is None else grad_x + grad_total), grad_weight
-
-
-def _add_backward(
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the residual in total's dtype, of x in `dtype` (the same values), and of weight."""
-    kernels = _kernels(backend, total, weight, dtype=grad_y.dtype, width=total.shape[-1])
-    if kernels is None or not total.is_cuda:
-        grad, grad_weight = _backward(grad_y, grad_total, total, weight, eps, backend)
-        return grad, grad.to(dtype, copy=True), grad_weight
-    rounded = _new(total, dtype)
-    grad, grad_weight = kernels.rms_norm_backward(grad_y, grad_total, total, weight, eps, rounded)
-    return grad, rounded, grad_weight
-
-
-def _gated_forward(
-    x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool, backend: str
-) -> Tensor:
-    if kernels := _kernels(backend, x, z, weight, op="gated_rms_norm", width=group_size):
-        return kernels.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
-    return reference.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
-
-
-def _gated_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    if kernels := _kernels(backend, x, z, weight, op="gated_rms_norm", width=group_size):
-        return kernels.gated_rms_norm_backward(grad_y, x, z, weight, eps, group_size, norm_before_gate)
-    return gradients(  # type: ignore[return-value]  # no input is None, so no gradient is
-        lambda x, z, weight: (reference.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate),),
-        (x, z, weight),
-        (grad_y,),
-    )
-
-
-def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(like.shape, dtype=dtype or like.dtype)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ctx.eps, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
@@ -225,42 +124,46 @@ def _gated_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 _rms_norm = define(
     "rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype, str backend) -> Tensor",
-    _forward,
-    lambda x, weight, eps, dtype, backend: _new(x, dtype),
+    backends.forward,
+    lambda x, weight, eps, dtype, backend: backends.new_like(x, dtype),
     setup_context=_setup_context,
     backward=_autograd,
 )
 _add_rms_norm = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype, str backend)"
     " -> (Tensor, Tensor)",
-    _add_forward,
-    lambda x, residual, weight, eps, dtype, backend: (_new(x, dtype), _new(residual)),
+    backends.add_forward,
+    lambda x, residual, weight, eps, dtype, backend: (backends.new_like(x, dtype), backends.new_like(residual)),
     setup_context=_add_setup_context,
     backward=_add_autograd,
 )
 _rms_norm_backward = define(
     "rms_norm_backward(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, float eps, str backend)"
     " -> (Tensor, Tensor)",
-    _backward,
-    lambda grad_y, grad_total, x, weight, eps, backend: (_new(x), _new(weight)),
+    backends.backward,
+    lambda grad_y, grad_total, x, weight, eps, backend: (backends.new_like(x), backends.new_like(weight)),
 )
 _add_rms_norm_backward = define(
     "add_rms_norm_backward(Tensor grad_y, Tensor grad_total, Tensor total, Tensor weight, float eps, ScalarType dtype,"
     " str backend) -> (Tensor, Tensor, Tensor)",
-    _add_backward,
-    lambda grad_y, grad_total, total, weight, eps, dtype, backend: (_new(total), _new(total, dtype), _new(weight)),
+    backends.add_backward,
+    lambda grad_y, grad_total, total, weight, eps, dtype, backend: (
+        backends.new_like(total),
+        backends.new_like(total, dtype),
+        backends.new_like(weight),
+    ),
 )
 _gated_rms_norm = define(
     "gated_rms_norm(Tensor x, Tensor z, Tensor weight, float eps, int group_size, bool norm_before_gate, str backend)"
     " -> Tensor",
-    _gated_forward,
-    lambda x, *_: _new(x),
+    backends.gated_forward,
+    lambda x, *_: backends.new_like(x),
     setup_context=_gated_setup_context,
     backward=_gated_autograd,
 )
 _gated_rms_norm_backward = define(
     "gated_rms_norm_backward(Tensor grad_y, Tensor x, Tensor z, Tensor weight, float eps, int group_size,"
     " bool norm_before_gate, str backend) -> (Tensor, Tensor, Tensor)",
-    _gated_backward,
-    lambda grad_y, x, z, weight, *_: (_new(x), _new(z), _new(weight)),
+    backends.gated_backward,
+    lambda grad_y, x, z, weight, *_: (backends.new_like(x), backends.new_like(z), backends.new_like(weight)),
 )

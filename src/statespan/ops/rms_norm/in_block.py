@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from statespan.ops.rms_norm import _add_forward, _backward, _forward, _gated_backward, _gated_forward, _kernels, _new
+from statespan.ops.rms_norm import backends
 
 TINY = 1e-30  # in place of a weight of 0, so that x / rms(x) comes back
 
@@ -67,14 +67,14 @@ def backward(
     `kept` is the norm's output, or without `inverses` its input.
     """
     if kernels := _gpu_kernels(kept, weight, grad_y.dtype):
-        rounded = None if update_dtype is None else _new(kept, update_dtype)
-        y = _new(kept, grad_y.dtype) if inverses is None else None
+        rounded = None if update_dtype is None else backends.new_like(kept, update_dtype)
+        y = backends.new_like(kept, grad_y.dtype) if inverses is None else None
         given = (kept, weight, eps, rounded, y, inverses, dtype)
         grad, grad_weight = kernels.rms_norm_backward(grad_y, grad_total, *given)
         return grad, rounded, kept if y is None else y, grad_weight
     if inverses is None:
-        grad, grad_weight = _backward(grad_y, grad_total, kept, weight, eps, "auto")
-        y = _forward(kept, weight, eps, grad_y.dtype, "auto")
+        grad, grad_weight = backends.backward(grad_y, grad_total, kept, weight, eps, "auto")
+        y = backends.forward(kept, weight, eps, grad_y.dtype, "auto")
     else:
         divisor, y = _divisor(weight).float(), kept
         normal, grad = kept.float() / divisor, grad_y.float()
@@ -97,27 +97,27 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gated norm's output once more, and the gradients of x and weight; that of z is written to `into_z`."""
     options = (eps, group_size, norm_before_gate)
-    kernels = _kernels("auto", x, z, weight, op="gated_rms_norm", width=group_size)
+    kernels = backends.kernels_of("auto", x, z, weight, op="gated_rms_norm", width=group_size)
     if kernels is None or not x.is_cuda:
-        y = _gated_forward(x, z, weight, *options, "auto")
-        grad_x, grad_z, grad_weight = _gated_backward(grad_y, x, z, weight, *options, "auto")
+        y = backends.gated_forward(x, z, weight, *options, "auto")
+        grad_x, grad_z, grad_weight = backends.gated_backward(grad_y, x, z, weight, *options, "auto")
         into_z.copy_(grad_z)
         return y, grad_x, grad_weight
-    y = _new(x)
+    y = backends.new_like(x)
     grad_x, _, grad_weight = kernels.gated_rms_norm_backward(grad_y, x, z, weight, *options, into_z, y)
     return y, grad_x, grad_weight
 
 
 def _gpu_kernels(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Any:
-    return _kernels("auto", x, weight, dtype=dtype, width=x.shape[-1]) if x.is_cuda else None
+    return backends.kernels_of("auto", x, weight, dtype=dtype, width=x.shape[-1]) if x.is_cuda else None
 
 
 def _forward_of(
     hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     if update is None:
-        return _forward(hidden, weight, eps, dtype, "auto"), None
-    return _add_forward(update, hidden, weight, eps, dtype, "auto")
+        return backends.forward(hidden, weight, eps, dtype, "auto"), None
+    return backends.add_forward(update, hidden, weight, eps, dtype, "auto")
 
 
 def _divisor(weight: Tensor) -> Tensor:

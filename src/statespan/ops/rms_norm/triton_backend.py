@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """RMS normalisation on GPUs: tensors to the kernels of `triton_kernels.py`."""
 
 from collections.abc import Callable
@@ -10,6 +8,7 @@ from torch import Tensor
 from statespan.ops.gpu import multiprocessors, shared_memory
 from statespan.ops.rms_norm import triton_kernels as kernels
 from statespan.ops.triton_kernels import on, power_of_two, rows
+from statespan.ops.triton_kernels.launcher import launch
 from statespan.ops.triton_kernels.weights import sum_of_parts
 from statespan.ops.tuning import Tunable
 
@@ -72,7 +71,9 @@ def _normalize(
     num_rows, channels = x.shape
     tile_rows, block, warps = _tile(FORWARD, num_rows, channels, x.device)
     with on(x.device):
-        kernels.forward[(-(-num_rows // tile_rows),)](
+        launch(
+            kernels.forward,
+            (-(-num_rows // tile_rows),),
             x,
             residual,
             weight.contiguous(),
@@ -119,7 +120,9 @@ def rms_norm_backward(
     ahead = [x, grad_y] if inverses is None or grad_total is None else [x, grad_y, grad_total]
     grad_weight = x.new_empty(programs, channels, dtype=torch.float32)
     with on(x.device):
-        kernels.backward[(programs,)](
+        launch(
+            kernels.backward,
+            (programs,),
             grad_y,
             grad_total,
             x,
@@ -155,7 +158,9 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size:
     num_rows, groups = x.shape[0], x.shape[1] // group_size
     tile_rows, block, warps = _tile(GATED_FORWARD, num_rows * groups, group_size, x.device)
     with on(x.device):
-        kernels.gated_forward[(-(-num_rows * groups // tile_rows),)](
+        launch(
+            kernels.gated_forward,
+            (-(-num_rows * groups // tile_rows),),
             x,
             z,
             weight.contiguous(),
@@ -199,7 +204,9 @@ def gated_rms_norm_backward(
     programs, each = _programs(num_rows, groups, warps, tuned["warps_at_once"], x.device)
     grad_weight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     with on(x.device):
-        kernels.gated_backward[(programs * groups,)](
+        launch(
+            kernels.gated_backward,
+            (programs * groups,),
             grad_y,
             x,
             z,

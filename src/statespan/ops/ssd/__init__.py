@@ -97,7 +97,7 @@ def ssd(
     if not dt_limit[0] <= dt_limit[1]:
         raise UserError(f"ssd: dt_limit must rise, got {dt_limit}")
     tensors = (x, dt, A, B.to(x.dtype), C.to(x.dtype), D, dt_bias, initial_state, segments)
-    y, final_state = _ssd(*tensors, dt_softplus, *dt_limit, chunk_size, discretization, backend)
+    y, final_state = _ssd(*tensors, dt_softplus, *map(float, dt_limit), chunk_size, discretization, backend)
     return (y, final_state) if return_final_state else y
 
 

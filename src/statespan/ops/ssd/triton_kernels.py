@@ -6,7 +6,7 @@
 """The chunked SSD in Triton: steps, states and outputs; docs/kernels_triton.md has the design.
 
 A lane is BLOCK_P places of one head in one row of the batch, with all their states: [BLOCK_P, BLOCK_N], powers of two
-that heads and states fill (`triton_backend.padded`). Vectors of a head are [b h padded], padded being whole chunks of
+that heads and states fill (`triton_plan.padded`). Vectors of a head are [b h padded], padded being whole chunks of
 time; tokens beyond the length have decay 1 and scale 0.
 
     total: log2 of the product of decays from the chunk's start up to and with the token. A restart is a decay of zero.

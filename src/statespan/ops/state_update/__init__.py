@@ -61,6 +61,7 @@ def selective_state_update(
     Numerics: everything in float32 whatever the inputs are (float64 for float64 inputs).
 
     Example:
+        >>> import torch
         >>> state = torch.zeros(1, 8, 4)
         >>> u, dt, B = torch.randn(1, 8), torch.randn(1, 8), torch.randn(1, 1, 4)
         >>> y, state = selective_state_update(state, u, dt, -torch.ones(8, 4), B, B)
@@ -127,6 +128,7 @@ def ssd_state_update(
     Numerics: everything in float32 whatever the inputs are (float64 for float64 inputs).
 
     Example:
+        >>> import torch
         >>> state = torch.zeros(1, 2, 8, 4)
         >>> x, dt, B = torch.randn(1, 2, 8), torch.randn(1, 2), torch.randn(1, 1, 4)
         >>> y, state = ssd_state_update(state, x, dt, -torch.ones(2), B, B)
@@ -150,7 +152,7 @@ def ssd_state_update(
     if needs_gradients(state, x, dt, A, B, C, D, dt_bias):
         refuse_gradients(op, backend)
         return reference.ssd_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, discretization)
-    low, high = dt_limit
+    low, high = map(float, dt_limit)
     return _ssd_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, low, high, discretization, backend)
 
 

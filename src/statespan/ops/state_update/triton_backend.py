@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """One-token updates on GPUs: tensors to the kernels of `triton_kernels.py`."""
 
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from statespan.ops.gpu import multiprocessors
 from statespan.ops.layout import contiguous, last_contiguous
 from statespan.ops.state_update import triton_kernels as kernels
 from statespan.ops.triton_kernels import on, power_of_two
+from statespan.ops.triton_kernels.launcher import launch
 from statespan.ops.tuning import Tunable
 
 
@@ -46,7 +45,9 @@ def selective_state_update(
     z = last_contiguous(z)
     tile, columns, warps = _tile(SELECTIVE, batch, channels, states, u.device)
     with on(u.device):
-        kernels.selective[(batch * -(-channels // tile),)](
+        launch(
+            kernels.selective,
+            (batch * -(-channels // tile),),
             state.contiguous(),
             u,
             dt,
@@ -98,7 +99,9 @@ def ssd_state_update(
     x, dt, B, C = (last_contiguous(value) for value in (x, dt, B, C))
     tile, columns, warps = _tile(SSD, batch * heads, head_dim, states, x.device)
     with on(x.device):
-        kernels.ssd[(batch * heads * -(-head_dim // tile),)](
+        launch(
+            kernels.ssd,
+            (batch * heads * -(-head_dim // tile),),
             state.contiguous(),
             x,
             dt,

@@ -8,6 +8,8 @@ Rules of the house:
 - Offsets that grow with the number of tokens are int64: `row.to(tl.int64) * stride`.
 - The last dimension is contiguous, all other strides are arguments. `rows` and `layout.last_contiguous` see to it.
 - An absent tensor is None: Triton compiles a variant of the kernel without it.
+- `launcher.launch(kernel, grid, ...)` in place of kernel[grid](...) spares Triton's look-up of a kernel that ran
+  before; not for tensor descriptors.
 - Sums over programs go to a row of partial sums for each and are added up afterwards, so that results repeat bit by
   bit on one machine.
 - Kernels take what they are given: float32, bfloat16 and float16 are read and written as they are and computed with in
@@ -29,7 +31,8 @@ class on:  # noqa: N801  # reads as a word
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._current = torch.cuda.device(device) if device.type == "cuda" else None
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        self._current = torch.cuda.device(device) if elsewhere else None
 
     def __enter__(self) -> None:
         if self._current is not None:

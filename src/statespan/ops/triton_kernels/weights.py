@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from statespan.ops.triton_kernels import on
+from statespan.ops.triton_kernels.launcher import launch
 
 MOST = 4  # weights that are cast together
 BLOCK, WARPS = 4096, 4  # values of a program that casts
@@ -62,7 +63,9 @@ def cast(dtype: torch.dtype, weights: list[Tensor]) -> list[Tensor]:
         ends.append(ends[-1] + -(-size // BLOCK))
     ends += ends[-1:] * len(absent)
     with on(weights[0].device):
-        cast_all[(ends[-1],)](
+        launch(
+            cast_all,
+            (ends[-1],),
             *(*weights, *absent, *found, *absent, *sizes, *(0 for _ in absent), *ends[1:MOST]),
             BLOCK=BLOCK,
             num_warps=WARPS,
@@ -74,6 +77,11 @@ def sum_of_parts(parts: Tensor, *outputs: Tensor) -> None:
     """The sums over the parts [p c] in float32, in fixed order: one output, or two that divide the columns."""
     first, others = outputs if len(outputs) == 2 else (outputs[0], None)
     with on(parts.device):
-        add_parts[(-(-parts.shape[1] // COLUMNS),)](
-            *(parts, first, others, *parts.shape, first.numel()), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+        launch(
+            add_parts,
+            (-(-parts.shape[1] // COLUMNS),),
+            *(parts, first, others, *parts.shape, first.numel()),
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=WARPS,
         )
