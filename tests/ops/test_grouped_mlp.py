@@ -222,11 +222,14 @@ def test_float32_on_a_gpu(
 
 @pytest.mark.parametrize("backend", GPU)
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize(("tokens", "choices", "dtype"), [(23, 2, torch.float32), (900, 1, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("tokens", "choices", "hidden", "dtype"),
+    [(23, 2, 16, torch.float32), (900, 1, 16, torch.bfloat16), (60, 1, 448, torch.float32)],
+)
 def test_an_index_that_names_no_expert_is_nan_on_a_gpu(
-    tokens: int, choices: int, dtype: torch.dtype, keep: bool, backend: str
+    tokens: int, choices: int, hidden: int, dtype: torch.dtype, keep: bool, backend: str
 ) -> None:
-    p = problem(tokens, choices, dtype=dtype, sizes=(5, 16, 32))
+    p = problem(tokens, choices, dtype=dtype, sizes=(5, hidden, 32))
     truth = dense(exact(p))
     p["expert_index"] = p["expert_index"].clone()
     p["expert_index"][[4, 7], [0, choices - 1]] = torch.tensor([5, -2])

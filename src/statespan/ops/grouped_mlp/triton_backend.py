@@ -18,7 +18,8 @@ from statespan.ops.layout import contiguous
 from statespan.ops.triton_kernels import on, power_of_two
 from statespan.ops.tuning import Tunable
 
-FEW = 32  # choices up to here need no sorting: each program looks through all
+LONG = 4096  # inputs from which int8 weights have rows of their own in the tuning table
+FEW = 128  # choices up to here need no sorting: each program looks through all
 PRODUCT_SHARED = 200 << 10
 GROUP = 16  # most blocks of rows that go through the same weights side by side
 
@@ -61,25 +62,46 @@ def forward(
         return y.zero_(), x.new_zeros(choices if keep else 0, experts.up_proj.shape[1])
     x, expert_index = aligned(x), expert_index.contiguous()
     with on(x.device):
-        places = None if choices <= FEW and not keep else sort(expert_index, num_experts)
+        if choices <= FEW and not keep:
+            _few_rows(x, expert_index, expert_weight, experts, activation, y)
+            return y, x.new_empty(0, experts.up_proj.shape[1])
+        places = sort(expert_index, num_experts)
         kept = x.new_empty(choices if keep else 0, experts.up_proj.shape[1])
         inner = x.new_empty(choices, inner_size)
         each = choices // num_experts
-        if places is not None and many.serves(x, (experts.up_proj, experts.down_proj), choices):
+        if many.serves(x, (experts.up_proj, experts.down_proj), choices):
             _many_rows(x, expert_index, expert_weight, experts, activation, places, inner, kept if keep else None, y)
             return y, kept
         products(
             x, many.widened(experts.up_proj, x, each), experts.up_bias, experts.up_scale, expert_index, places, inner,
             activation, kept=kept if keep else None, share=expert_index.shape[1], gather=True,
         )  # fmt: skip
-        splits = _splits(choices, experts.down_proj) if places is None else 1
-        rows = x.new_empty(splits, choices, hidden_size, dtype=torch.float32 if splits > 1 else x.dtype)
+        rows = x.new_empty(choices, hidden_size)
         products(
             inner, many.widened(experts.down_proj, x, each), experts.down_bias, experts.down_scale, expert_index,
             places, rows, scatter=True,
         )  # fmt: skip
         combine(rows, expert_index, expert_weight, num_experts, y)
     return y, kept
+
+
+def _few_rows(
+    x: Tensor, expert_index: Tensor, expert_weight: Tensor, experts: Experts, activation: str, y: Tensor
+) -> None:
+    """`forward` without sorting."""
+    choices, top_k, num_experts = expert_index.numel(), expert_index.shape[1], len(experts.down_proj)
+    inner = x.new_empty(choices, experts.down_proj.shape[2])
+    products(
+        x, experts.up_proj, experts.up_bias, experts.up_scale, expert_index, None, inner, activation, share=top_k,
+    )  # fmt: skip
+    down = inner, experts.down_proj, experts.down_bias, experts.down_scale, expert_index, None
+    splits = _splits(choices, top_k, x, experts.down_proj)
+    if splits == 1 == top_k:
+        products(*down, y, factors=expert_weight)
+        return
+    rows = x.new_empty(splits, choices, x.shape[1], dtype=torch.float32 if splits > 1 else x.dtype)
+    products(*down, rows)
+    combine(rows, expert_index, expert_weight, num_experts, y)
 
 
 def _many_rows(
@@ -111,31 +133,34 @@ def _many_rows(
         combine(rows, expert_index, expert_weight, num_experts, y)
 
 
-def _stream(weight: Tensor, rows: int) -> Tile:
+def _stream(weight: Tensor, rows: int, size: int) -> Tile:
     """Sizes for so many rows a tile, where the weights are what takes the time."""
-    return Tile(rows=rows, **(STREAM_INT8 if weight.dtype == torch.int8 else STREAM).best(weight.device, rows))
+    int8 = STREAM_INT8 if weight.shape[2] >= LONG else STREAM_INT8_SHORT
+    return Tile(rows=rows, **(int8 if weight.dtype == torch.int8 else STREAM).best(weight.device, size))
 
 
-def _unsorted_rows(choices: int) -> int:
-    return max(16, power_of_two(choices))
+def _splits(choices: int, top_k: int, x: Tensor, weight: Tensor) -> int:
+    """Parts of the inputs of a few rows' products, so that every multiprocessor has two programs.
 
-
-def _splits(choices: int, weight: Tensor) -> int:
-    """Parts of the inputs of a few rows' products, so that every multiprocessor has two programs."""
+    With one choice a token, one program on most of them is enough: nothing has to be added up then.
+    """
     num_experts, outputs, inputs = weight.shape
-    tile = _stream(weight, _unsorted_rows(choices))
+    tile = product_tile(x, weight, -(-choices // num_experts), choices)
     programs = min(choices, num_experts) * -(-outputs // tile.weights)
+    if top_k == 1 and 2 * programs >= multiprocessors(weight.device):
+        return 1
     return max(1, min(8, 2 * multiprocessors(weight.device) // programs, inputs // (4 * tile.inputs)))
 
 
-def product_tile(x: Tensor, weight: Tensor, rows: int) -> Tile:
-    """Sizes for so many rows [inputs] an expert on average, and the weights [e outputs inputs]."""
+def product_tile(x: Tensor, weight: Tensor, rows: int, choices: int) -> Tile:
+    """Sizes for so many rows [inputs] an expert on average, of so many in all, and the weights [e outputs inputs]."""
     if any(size % 16 for size in weight.shape[1:]) or weight.data_ptr() % 16:
         tile = UNALIGNED
     elif x.dtype == torch.float32:
         tile = PRECISE
     elif rows <= 96:
-        tile = _stream(weight, max(16, min(64, power_of_two(2 * rows))))
+        height = max(16, min(64, power_of_two(2 * rows)))
+        tile = _stream(weight, height, min(height, choices))
     else:
         tile = PRODUCT if shared_memory(x.device) >= PRODUCT_SHARED else PRODUCT_REGISTERS
     return tile.fitted(x.element_size(), x.device)
@@ -152,22 +177,23 @@ def products(
     activation: str = "none",
     *,
     kept: Tensor | None = None,
+    factors: Tensor | None = None,
     share: int = 1,
     gather: bool = False,
     scatter: bool = False,
 ) -> Tensor:
-    """y [.. choices outputs] of rows of x: weight [e outputs inputs] (gated: 2 outputs), of any strides."""
+    """y [.. choices outputs] of rows of x: weight [e outputs inputs] (gated: 2 outputs), of any strides.
+
+    With factors [choices 1], each row times its own; for choices that are not sorted.
+    """
     gated = activation in GATED
     choices, (num_experts, _, inputs), outputs = expert_index.numel(), weight.shape, y.shape[-1]
     splits = y.shape[0] if y.dim() == 3 else 1
-    rows = -(-choices // num_experts) if places is not None else _unsorted_rows(choices) // 2
-    tile = product_tile(x, weight, rows)
+    tile = product_tile(x, weight, -(-choices // num_experts), choices)
     block = tile.weights // 2 if gated else tile.weights
     blocks = -(-outputs // block)
     if places is None:
-        slots = min(choices, num_experts)
-        tile = replace(tile, rows=_unsorted_rows(choices))
-        grid = (blocks, slots, splits)
+        grid = (blocks, min(choices, num_experts), splits)
     else:
         grid = ((choices // tile.rows + min(choices, num_experts)) * blocks, 1, splits)
     kernels.products[grid](
@@ -178,6 +204,7 @@ def products(
         expert_index if places is None else None,
         None if places is None else places.order,
         None if places is None else places.ends,
+        factors,
         kept,
         y,
         choices,
@@ -186,6 +213,7 @@ def products(
         outputs,
         x.stride(0),
         share,
+        0 if factors is None else factors.stride(0),
         *weight.stride(),
         splits,
         ACTIVATION=activation,
@@ -193,6 +221,7 @@ def products(
         BY_CHOICE=choices <= num_experts,
         GATHER=gather,
         SCATTER=scatter,
+        CHOICES=max(tile.rows, power_of_two(choices)) if places is None else 0,
         EXPERTS=power_of_two(num_experts),
         GROUP=GROUP,
         ALIGN=1 if places is None else places.align,
@@ -207,25 +236,27 @@ def products(
     return y
 
 
-def _trial(dtype: torch.dtype) -> Callable[[torch.device, int], Callable[[], object]]:
-    def trial(device: torch.device, rows: int) -> Callable[[], object]:
+def _trial(dtype: torch.dtype, hidden: int) -> Callable[[torch.device, int], Callable[[], object]]:
+    def trial(device: torch.device, size: int) -> Callable[[], object]:
+        """Choices for tiles of so many rows; fewer than 16 are all there are."""
+        choices = 8 * size if size >= 16 else size
         x, index = (
-            torch.randn(4 * rows, 2048, dtype=torch.bfloat16, device=device),
-            torch.arange(8 * rows, device=device),
+            torch.randn(choices // 2, hidden, dtype=torch.bfloat16, device=device),
+            (torch.arange(choices, device=device) % 16).view(-1, 2),
         )
-        up = torch.randint(-99, 99, (16, 8192, 2048), dtype=torch.int8, device=device).to(dtype)
-        down = torch.randint(-99, 99, (16, 2048, 4096), dtype=torch.int8, device=device).to(dtype)
+        up = torch.randint(-99, 99, (16, 4 * hidden, hidden), dtype=torch.int8, device=device).to(dtype)
+        down = torch.randint(-99, 99, (16, hidden, 2 * hidden), dtype=torch.int8, device=device).to(dtype)
         scales = [torch.rand(w.shape[:2], device=device) / 4096 if dtype == torch.int8 else None for w in (up, down)]
-        index, experts = (
-            (torch.arange(8 * rows, device=device) % 16).view(-1, 2),
-            Experts(up, down, None, None, *scales),
-        )
+        experts = Experts(up, down, None, None, *scales)
         return lambda: forward(x, index, torch.ones(index.shape, device=device), experts, "swiglu", False)
 
     return trial
 
 
-_TILES = {"weights": (32, 64, 128), "inputs": (128, 256), "stages": (3, 4), "warps": (4, 8)}
-STREAM = Tunable("grouped_mlp.stream", (16, 32, 64), _trial(torch.bfloat16), **_TILES)
-STREAM_INT8 = Tunable("grouped_mlp.stream_int8", (16, 32, 64), _trial(torch.int8), **_TILES)
-TUNABLES = (STREAM, STREAM_INT8)
+_TILES = {"weights": (32, 64, 128), "inputs": (128, 256), "stages": (3, 4)}
+STREAM = Tunable("grouped_mlp.stream", (16, 32, 64), _trial(torch.bfloat16, 2048), **_TILES, warps=(4, 8))
+# Two warps: where four share 16 rows, each value is widened twice.
+_INT8 = _TILES | {"warps": (2, 4, 8)}
+STREAM_INT8 = Tunable("grouped_mlp.stream_int8", (16, 32, 64), _trial(torch.int8, LONG), **_INT8)
+STREAM_INT8_SHORT = Tunable("grouped_mlp.stream_int8_short", (8, 16, 32, 64), _trial(torch.int8, 1024), **_INT8)
+TUNABLES = (STREAM, STREAM_INT8, STREAM_INT8_SHORT)

@@ -110,7 +110,7 @@ def _through_activation(
 
 def _weight_gradients(left: Tensor, right: Tensor, places: Sorted, y: Tensor) -> None:
     """y [e left right]: the sums over each expert's rows of left^T right."""
-    tile = product_tile(left, y, len(left))
+    tile = product_tile(left, y, len(left), len(left))
     blocks = -(-left.shape[1] // tile.rows) * -(-right.shape[1] // tile.weights)
     kernels.weight_gradients[(blocks, len(places.ends))](
         left,

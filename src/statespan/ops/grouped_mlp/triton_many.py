@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from statespan.ops.activation import GATED
-from statespan.ops.gpu import multiprocessors, shared_memory
+from statespan.ops.gpu import hopper, multiprocessors, shared_memory
 from statespan.ops.grouped_mlp import triton_kernels as plain_kernels
 from statespan.ops.grouped_mlp import triton_many_kernels as kernels
 from statespan.ops.grouped_mlp.experts import WIDENED
@@ -21,6 +21,7 @@ MANY = 96  # rows an expert on average from which its products are bound by the 
 WIDEN_BLOCK = 8192
 SHARED = 200 << 10
 GROUP = 16  # most blocks of rows that go through the same weights side by side
+SHORT_SUMS = 384  # rows an expert below which fewer a step of the sums spare more than they cost
 SCHEDULE_VALUES = 1 << 11  # of a program's one-hot matrix [tiles experts]
 
 
@@ -140,23 +141,33 @@ def _matrices(weight: Tensor, turned: bool) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(weight, [1, TILE.weights, TILE.inputs])
 
 
+def _steps_of_sums(rows: int, device: torch.device) -> tuple[int, int, int]:
+    """Rows of a step, steps at once and parts of a tile when it is stored, for so many rows an expert."""
+    if not hopper(device):
+        return TILE.inputs, TILE.stages, 4  # there is no memory for larger parts
+    return (TILE.inputs // 2, 2 * TILE.stages, 2) if rows < SHORT_SUMS else (TILE.inputs, TILE.stages, 2)
+
+
 def weight_gradients(left: Tensor, right: Tensor, places: Sorted, y: Tensor) -> None:
     """y [e left right]: the sums over each expert's rows of left^T right; rows between experts are zeros."""
-    blocks = -(-left.shape[1] // TILE.rows) * -(-right.shape[1] // TILE.weights)
-    kernels.sums_of_many[(min(blocks * len(places.ends), multiprocessors(left.device)),)](
-        TensorDescriptor.from_tensor(left, [TILE.inputs, TILE.rows]),
-        TensorDescriptor.from_tensor(right, [TILE.inputs, TILE.weights]),
+    left_blocks, right_blocks = -(-left.shape[1] // TILE.rows), -(-right.shape[1] // TILE.weights)
+    tiles = left_blocks * right_blocks * len(places.ends)
+    rows, stages, parts = _steps_of_sums(len(left) // len(places.ends), left.device)
+    kernels.sums_of_many[(min(tiles, multiprocessors(left.device)),)](
+        TensorDescriptor.from_tensor(left, [rows, TILE.rows]),
+        TensorDescriptor.from_tensor(right, [rows, TILE.weights]),
         places.ends,
-        TensorDescriptor.from_tensor(y, [1, TILE.rows, TILE.weights // 4]),
+        TensorDescriptor.from_tensor(y, [1, TILE.rows, TILE.weights // parts]),
         len(places.ends),
-        left.shape[1],
-        right.shape[1],
         EXPERTS=power_of_two(len(places.ends)),
+        LEFT_BLOCKS=left_blocks,
+        RIGHT_BLOCKS=right_blocks,
         LEFT=TILE.rows,
         RIGHT=TILE.weights,
-        ROWS=TILE.inputs,
+        ROWS=rows,
         GROUP=GROUP,
         ALIGN=places.align,
-        STAGES=TILE.stages,
+        PARTS=parts,
+        STAGES=stages,
         num_warps=TILE.warps,
     )

@@ -169,14 +169,14 @@ def products_of_many(
 
 
 @triton.jit
-def matrix_of(tile, left_blocks, right_blocks, LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUP: tl.constexpr):
-    """Expert, first row and first column of a tile of the sums; GROUP rows' tiles take turns."""
-    blocks = left_blocks * right_blocks
-    block = tile % blocks
-    first = block // (GROUP * right_blocks) * GROUP
-    size = tl.minimum(left_blocks - first, GROUP)
-    block = block % (GROUP * right_blocks)
-    return tile // blocks, (first + block % size) * LEFT, block // size * RIGHT
+def matrix_of(tile, LEFT_BLOCKS: tl.constexpr, RIGHT_BLOCKS: tl.constexpr, GROUP: tl.constexpr):
+    """Expert, block of rows and block of columns of a tile of the sums; GROUP blocks of rows take turns."""
+    BLOCKS: tl.constexpr = LEFT_BLOCKS * RIGHT_BLOCKS
+    block = tile % BLOCKS
+    first = block // (GROUP * RIGHT_BLOCKS) * GROUP
+    size = GROUP if LEFT_BLOCKS % GROUP == 0 else tl.minimum(LEFT_BLOCKS - first, GROUP)
+    block = block % (GROUP * RIGHT_BLOCKS)
+    return tile // BLOCKS, first + block % size, block // size
 
 
 @triton.jit
@@ -188,63 +188,76 @@ def places_of(ends, expert, num_experts, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def store_half(y, half, matrix, row, column, PARTS: tl.constexpr):
+    """Columns of y_matrix by one copy, or by two through half the memory if a tile is stored in 4 PARTS."""
+    ROWS: tl.constexpr = half.shape[0]
+    COLUMNS: tl.constexpr = half.shape[1]
+    half = half.to(y.dtype)
+    if PARTS == 2:
+        y.store([matrix, row, column], tl.reshape(half, [1, ROWS, COLUMNS]))
+    else:
+        tl.static_assert(PARTS == 4)
+        first, second = halves(half, False)
+        y.store([matrix, row, column], tl.reshape(first, [1, ROWS, COLUMNS // 2]))
+        y.store([matrix, row, column + COLUMNS // 2], tl.reshape(second, [1, ROWS, COLUMNS // 2]))
+
+
+@triton.jit
 def sums_of_many(
     left,
     right,
     ends,
     y,
     num_experts,
-    left_size,
-    right_size,
     EXPERTS: tl.constexpr,
+    LEFT_BLOCKS: tl.constexpr,
+    RIGHT_BLOCKS: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y_e [left right] = sum over the expert's places of left^T right; ROWS divides ALIGN.
 
     One loop over the steps of all of this program's tiles, so that a tile's loads are on their way while the one before
     is stored. Triton flattens no loops whose length is read from memory: what is loaded next and what is summed up
-    are two walks through the tiles here. An expert's first and last place are read a tile ahead.
+    are two walks through the tiles here. An expert's first and last place are read a tile ahead. How many blocks there
+    are is known to the compiler: between two tiles the matrix units would wait for divisions.
     """
-    left_blocks, right_blocks = tl.cdiv(left_size, LEFT), tl.cdiv(right_size, RIGHT)
-    blocks, program, programs = left_blocks * right_blocks, tl.program_id(0), tl.num_programs(0)
+    BLOCKS: tl.constexpr = LEFT_BLOCKS * RIGHT_BLOCKS
+    program, programs = tl.program_id(0), tl.num_programs(0)
     e = tl.arange(0, EXPERTS)
     begin, end = places_of(ends, e, num_experts, ALIGN)
-    tiles = tl.cdiv((e + 1) * blocks - program, programs) - tl.cdiv(e * blocks - program, programs)
+    tiles = tl.cdiv((e + 1) * BLOCKS - program, programs) - tl.cdiv(e * BLOCKS - program, programs)
     steps = tl.sum(tl.where(e < num_experts, tiles * tl.maximum(tl.cdiv(end - begin, ROWS), 1), 0), 0)
 
     loaded, summed = program, program
-    expert, left_first, right_first = matrix_of(loaded, left_blocks, right_blocks, LEFT, RIGHT, GROUP)
+    expert, left_block, right_block = matrix_of(loaded, LEFT_BLOCKS, RIGHT_BLOCKS, GROUP)
     row, stop = places_of(ends, expert, num_experts, ALIGN)
-    next_row, next_stop = places_of(ends, (loaded + programs) // blocks, num_experts, ALIGN)
+    next_row, next_stop = places_of(ends, (loaded + programs) // BLOCKS, num_experts, ALIGN)
     sum_row, sum_stop, sum_next_row, sum_next_stop = row, stop, next_row, next_stop
     acc = tl.zeros([LEFT, RIGHT], tl.float32)
     for _ in tl.range(0, steps, num_stages=STAGES):
-        a, b = left.load([row, left_first]), right.load([row, right_first])
+        a, b = left.load([row, left_block * LEFT]), right.load([row, right_block * RIGHT])
         row += ROWS
         if row >= stop:
             loaded += programs
-            expert, left_first, right_first = matrix_of(loaded, left_blocks, right_blocks, LEFT, RIGHT, GROUP)
+            expert, left_block, right_block = matrix_of(loaded, LEFT_BLOCKS, RIGHT_BLOCKS, GROUP)
             row, stop = next_row, next_stop
-            next_row, next_stop = places_of(ends, (loaded + programs) // blocks, num_experts, ALIGN)
+            next_row, next_stop = places_of(ends, (loaded + programs) // BLOCKS, num_experts, ALIGN)
         acc = tl.dot(tl.trans(a), b, acc)
         sum_row += ROWS
         if sum_row >= sum_stop:
-            matrix, first_row, first_column = matrix_of(summed, left_blocks, right_blocks, LEFT, RIGHT, GROUP)
+            matrix, row_block, column_block = matrix_of(summed, LEFT_BLOCKS, RIGHT_BLOCKS, GROUP)
             acc = tl.where(sum_row - ROWS < sum_stop, acc, 0.0)  # an expert without rows takes a step too
-            first, second = halves(acc, False)  # stored in quarters, one after the other through a little memory
-            first_quarter, second_quarter = halves(first, False)
-            third_quarter, fourth_quarter = halves(second, False)
-            shape: tl.constexpr = [1, LEFT, RIGHT // 4]
-            y.store([matrix, first_row, first_column], tl.reshape(first_quarter.to(y.dtype), shape))
-            y.store([matrix, first_row, first_column + RIGHT // 4], tl.reshape(second_quarter.to(y.dtype), shape))
-            y.store([matrix, first_row, first_column + RIGHT // 2], tl.reshape(third_quarter.to(y.dtype), shape))
-            y.store([matrix, first_row, first_column + RIGHT // 4 * 3], tl.reshape(fourth_quarter.to(y.dtype), shape))
+            first, second = halves(acc, False)
+            first_row, first_column = row_block * LEFT, column_block * RIGHT
+            store_half(y, first, matrix, first_row, first_column, PARTS)
+            store_half(y, second, matrix, first_row, first_column + RIGHT // 2, PARTS)
             acc = tl.zeros([LEFT, RIGHT], tl.float32)
             summed += programs
             sum_row, sum_stop = sum_next_row, sum_next_stop
-            sum_next_row, sum_next_stop = places_of(ends, (summed + programs) // blocks, num_experts, ALIGN)
+            sum_next_row, sum_next_stop = places_of(ends, (summed + programs) // BLOCKS, num_experts, ALIGN)
