@@ -1,6 +1,6 @@
-"""Whole models on one GPU: training steps with their peak memory, and prefill.
+"""Whole models on one GPU: training steps with their peak memory, prefill, and calls for a first token.
 
-    python -m benchmarks.gpu_models [train prefill] [--only mamba-130m mamba-370m] [--memory] [--profile]
+    python -m benchmarks.gpu_models [train prefill first] [--only mamba-130m mamba-370m] [--memory] [--profile]
 
 Random weights and tokens. Training is forward and backward under bfloat16 autocast with float32 parameters, as it comes
 and as a CUDA graph (`run.cuda_graph=true`), the latter also with more memory (`run.recompute_convolutions=0`) and, with
@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 import statespan
 from benchmarks.gpu_decode import built
 from benchmarks.record import Row, report
+from statespan.generation import generate
+from statespan.generation.prefill import absorb
+from statespan.models.prefill import Prefiller
 from statespan.models.presets import preset
 from statespan.training.captured import Captured
 from statespan.training.recompute import recomputing
@@ -169,7 +173,10 @@ def training_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def prefill_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
-    """Tokens a second of one prompt a row: the last token's logits and the state."""
+    """Tokens a second of one prompt a row: the last token's logits and the state.
+
+    As the model's forward comes, as `generate` does it where it has graphs, and as a graph alone.
+    """
     repetitions = options.repetitions
     config = preset(case.preset)
     model = built(config.replace(layers=config.layers[: case.layers]))
@@ -187,6 +194,11 @@ def prefill_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
     yield Row(f"{case.name}, prefill", "statespan bfloat16", peak, "GiB", 0)
     if options.profile:
         profile(run)
+    if Prefiller.serves(case.batch, case.length):
+        prompts: list[list[int]] = ids.tolist()
+        seconds, spread = seconds_of(lambda: absorb(model, prompts, model.new_state(case.batch), None), repetitions)
+        system = "statespan bfloat16, in generate"
+        yield Row(f"{case.name}, prefill", system, ids.numel() / seconds, "tok/s", spread, goal)
     if seconds > 1:  # the host's part is nothing
         return
     graph = torch.cuda.CUDAGraph()
@@ -197,16 +209,27 @@ def prefill_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
     yield Row(f"{case.name}, prefill", system, ids.numel() / seconds, "tok/s", spread, goal)
 
 
+def first_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
+    """Milliseconds of a call of `generate` for one token, after a prompt of a length that came before."""
+    model = built(preset(case.preset))
+    for length in (128, 512, 700, 2048):
+        prompt: list[int] = torch.randint(0, 50_000, (length,)).tolist()
+        run = partial(generate, model, prompt, max_new_tokens=1, temperature=0)
+        seconds, spread = seconds_of(run, options.repetitions)
+        yield Row(f"{case.preset}, first token after {length}", "statespan bfloat16", 1e3 * seconds, "ms", spread)
+
+
 def main() -> None:
     """Measure what is asked for and record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["train", "prefill"])
+    parser.add_argument("parts", nargs="*", default=["train", "prefill", "first"])
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="training that keeps less for the backward, too")
     parser.add_argument("--profile", action="store_true", help="print each case's kernels by time")
     options = parser.parse_args()
-    parts = {"train": (TRAINING, training_rows), "prefill": (PREFILL, prefill_rows)}
+    first = tuple(Case(name, 1, 2048, 0, 0) for name in ("mamba-130m", "mamba-1.4b"))
+    parts = {"train": (TRAINING, training_rows), "prefill": (PREFILL, prefill_rows), "first": (first, first_rows)}
     for part in options.parts:
         cases, rows_of = parts[part]
         for case in cases:

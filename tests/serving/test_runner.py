@@ -6,6 +6,7 @@ import torch
 from statespan.errors import UserError
 from statespan.layers import causal_attention
 from statespan.models.language_model import LanguageModel
+from statespan.models.prefill import Prefiller, capturable
 from statespan.serving import runner as runner_module
 from statespan.serving import state_pool
 from statespan.serving.runner import Chunk, Runner
@@ -134,3 +135,21 @@ def test_bad_tokens_are_one_line_and_change_nothing(hybrid: LanguageModel) -> No
         runner.decode([-1])
     assert pool.num_tokens == [0]
     assert pool.pages_of(0) == ()
+
+
+def test_rows_fed_one_after_the_other_by_a_prefiller(family: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where all of one size leave their output in the same memory."""
+    if not all(map(capturable, family.layers)):
+        pytest.skip("left to the model's own forward")
+    parts = (family.embedding, family.backbone, family.stream_dtype, family.new_state(1))
+    prefiller, memory = Prefiller(*parts), torch.empty(1, 1, family.config.hidden_size, device=family.device)
+    feed = prefiller.feed
+    monkeypatch.setattr(prefiller, "feed", lambda ids: memory.copy_(feed(ids)))
+    monkeypatch.setattr(type(family), "prefiller", lambda self, batch_size: prefiller)
+    monkeypatch.setattr(runner_module, "TOGETHER_SLOTS", 1)
+    _, runner = served(family)
+    tokens = torch.randint(0, 61, (3, 40))
+    counts = (9, 30, 15)
+    logits = runner.prefill([Chunk(row, tuple(tokens[row, :count].tolist())) for row, count in enumerate(counts)])
+    for row, count in enumerate(counts):
+        torch.testing.assert_close(logits[row], whole(family, tokens)[row, count - 1], rtol=0, atol=TOLERANCE)

@@ -12,7 +12,7 @@ from statespan.generation.options import GenerationOptions
 from statespan.generation.sampling import log_probabilities, require_finite
 from statespan.generation.stepper import Outcome, Stepper, give_back, take
 from statespan.layers.state import ModelState
-from statespan.models.language_model import LanguageModel, LanguageModelOutput
+from statespan.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -21,40 +21,6 @@ class TokenLogprob:
 
     logprob: float  # of the chosen token
     top: tuple[tuple[int, float], ...] = ()  # (token id, log-probability) of the most likely tokens, best first
-
-
-@torch.inference_mode()
-def absorb(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], state: ModelState, chunk_size: int | None
-) -> tuple[Tensor | None, ModelState]:
-    """Feed each row its prompt; rows of unequal length are padded on the left, so that all end in the last chunk.
-
-    Returns:
-        The logits after the last tokens [b v] float32, or None when all prompts are empty; and the next state.
-    """
-    length = max(map(len, prompts))
-    if length == 0:
-        return None, state
-    size = chunk_size or length
-    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-    place = torch.arange(length)
-    real = place >= length - torch.tensor([[len(prompt)] for prompt in prompts])
-    logits = None
-    for start in range(0, length, size):
-        chunk = slice(start, start + size)
-        output = model(
-            ids[:, chunk].to(model.device),
-            attention_mask=None if bool(real[:, chunk].all()) else real[:, chunk].to(model.device),
-            state=state,
-            logits_at="last" if start + size >= length else "none",
-        )
-        logits, state = output.logits, _state_of(output)
-    return None if logits is None else logits[:, -1].float(), state
-
-
-def _state_of(output: LanguageModelOutput) -> ModelState:
-    assert output.state is not None  # a state went in
-    return output.state
 
 
 class DecodeBatch:

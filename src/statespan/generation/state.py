@@ -35,6 +35,10 @@ class GenerationState:
 def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -> None:
     """Write the state to a safetensors file whose header tells which model it belongs to.
 
+    Args:
+        path: the file, replaced where there is one.
+        state: a Generation's, from `return_state=True`.
+        model: the one that made it.
     Raises:
         UserError: the file cannot be written; a file that was there before is kept.
 
@@ -73,6 +77,11 @@ def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -
 def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
     """Read a state that `save_state` wrote, onto the model's device.
 
+    Args:
+        path: the file.
+        model: the one that made the state, or one with the same config and dtype.
+    Returns:
+        What `generate(model, prompt, state=...)` goes on from; an example is at `save_state`.
     Raises:
         UserError: no such file, not a state, damaged, or of a model with another config or dtype.
     """

@@ -8,9 +8,10 @@ from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mamba2 import Mamba2
 from statespan.layers.mixer import Mixer
 from statespan.layers.mlp import MLP
-from statespan.layers.moe import MoE, RouterMetrics
+from statespan.layers.moe import MoE
 from statespan.layers.norm import RMSNorm
 from statespan.layers.recurrent import Recurrent
+from statespan.layers.routing import RouterMetrics
 from statespan.layers.s4 import LSSL, S4, S4D
 from statespan.layers.s6 import S6
 from statespan.layers.state import ModelState, State

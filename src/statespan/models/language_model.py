@@ -9,15 +9,17 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from statespan.errors import UserError
 from statespan.layers.linear import Int8Linear, Linear, projection_of
-from statespan.layers.moe import RouterMetrics
 from statespan.layers.norm import RMSNorm
+from statespan.layers.routing import RouterMetrics
 from statespan.layers.state import ModelState, State
 from statespan.models.backbone import Backbone, Block
 from statespan.models.config import ModelConfig
 from statespan.models.decoder import Decoder
+from statespan.models.prefill import Prefiller, capturable
 from statespan.models.verify_step import NoVerifyStep, VerifyDecoder
 from statespan.ops import linear, linear_cross_entropy
 from statespan.ops.decode_step import HeadWeights, Projection
@@ -122,7 +124,7 @@ class LanguageModel(nn.Module):
         Returns:
             LanguageModelOutput.
         Raises:
-            UserError: shapes disagree, a token id is out of range, or the state belongs to another model.
+            UserError: shapes or devices disagree, a token id is out of range, or the state belongs to another model.
         """
         self._check(input_ids, segments, attention_mask, labels, state)
         if attention_mask is not None:
@@ -155,7 +157,11 @@ class LanguageModel(nn.Module):
         if segments is not None:
             follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
             targets = targets.masked_fill(~follows, -100)
-        return linear_cross_entropy(hidden[:, :-1], self.head_weight, targets, valid_vocab_size=self.config.vocab_size)
+        if hidden.is_cuda:  # there tokens that do not count are computed too: taking the last ones along spares a copy
+            targets = F.pad(targets, (0, 1), value=-100)
+        else:
+            hidden = hidden[:, :-1]
+        return linear_cross_entropy(hidden, self.head_weight, targets, valid_vocab_size=self.config.vocab_size)
 
     def _aux_loss(self, router: tuple[RouterMetrics, ...], activation: Tensor) -> Tensor:
         moe, total = self.config.moe, self.config.activation_loss_coef * activation.float()
@@ -187,6 +193,12 @@ class LanguageModel(nn.Module):
             return VerifyDecoder(*self._decoder_parts(), num_rows, num_tokens, self.stream_dtype, memory, kept, active)
         except NoVerifyStep:
             return None
+
+    def prefiller(self, batch_size: int) -> Prefiller | None:
+        """Chunks of prompts as CUDA graphs: see Prefiller; None where there are none."""
+        if self.device.type != "cuda" or not all(map(capturable, self.layers)):
+            return None
+        return Prefiller(self.embedding, self.backbone, self.stream_dtype, self.new_state(batch_size))
 
     def _decoder_parts(
         self,
@@ -223,21 +235,27 @@ class LanguageModel(nn.Module):
     ) -> None:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise UserError(f"input_ids must be [batch, time] with at least one token, got {list(input_ids.shape)}")
-        for name, value in (("segments", segments), ("attention_mask", attention_mask), ("labels", labels)):
+        beside = (("segments", segments), ("attention_mask", attention_mask), ("labels", labels))
+        for name, value in beside:
             if value is not None and value.shape != input_ids.shape:
                 raise UserError(f"{name} is {list(value.shape)} and input_ids {list(input_ids.shape)}; they must agree")
         if torch.compiler.is_compiling():
             return
+        for name, value in (("input_ids", input_ids), *beside):
+            if value is not None and value.device != self.device:
+                raise UserError(
+                    f"{name} is on {value.device} and the model on {self.device}; use {name}.to(model.device)"
+                )
         if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
                 raise UserError(f"token id {bad} is out of range; the vocabulary is 0 to {self.config.vocab_size - 1}")
         if state is not None:
-            self._check_state(state, input_ids.shape[0])
+            self.check_state(state, input_ids.shape[0])
 
-    def _check_state(self, state: ModelState, batch_size: int) -> None:
-        """One line for a state that this model cannot have made, or of another batch."""
+    def check_state(self, state: ModelState, batch_size: int) -> None:
+        """Raise UserError for a state that this model cannot have made, or of another batch."""
         remedy = "it comes from another model: make one with model.new_state(batch_size)"
         expected = self._state_kinds
         if len(state.layers) != len(expected):

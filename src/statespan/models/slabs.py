@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -38,15 +39,21 @@ class Slabs:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def of_layer(self, layer: int) -> dict[str, Tensor]:
-        """The memory of all rows of a layer's state, by field."""
-        return self._by_layer(self.tensors)[layer]
+    def by_layer(self) -> list[dict[str, Tensor]]:
+        """The memory of all rows of each layer's state, by field."""
+        return self._by_layer(self.tensors)
+
+    def clone(self) -> "Slabs":
+        """A copy that shares no memory."""
+        other = copy(self)
+        other.tensors = [tensor.clone() for tensor in self.tensors]
+        return other
 
     def read(self, rows: Sequence[int], fresh: Sequence[int]) -> list[dict[str, Tensor]]:
         """Copies of these rows for each layer, by field; zeros in those whose places are in `fresh`."""
         copies = self.gather(rows)
-        for copy in copies if fresh else ():
-            copy.index_fill_(1, self._index(fresh), 0)
+        for tensor in copies if fresh else ():
+            tensor.index_fill_(1, self._index(fresh), 0)
         return self._by_layer(copies)
 
     def gather(self, rows: Sequence[int]) -> list[Tensor]:
@@ -68,8 +75,17 @@ class Slabs:
         """Overwrite these rows by the states of all layers."""
         index = self._index(rows)
         for tensor, users in zip(self.tensors, self._places, strict=True):
-            for ours, (layer, field) in zip(tensor, users, strict=True):
-                ours.index_copy_(0, index, getattr(layers[layer], field))
+            states = [getattr(layers[layer], field) for layer, field in users]
+            if len(rows) == 1:  # one launch in place of one a layer; of many rows the copy would be large
+                tensor.index_copy_(1, index, torch.stack(states))
+            else:
+                for ours, new in zip(tensor, states, strict=True):
+                    ours.index_copy_(0, index, new)
+
+    def fill(self, layers: Sequence[State | None]) -> None:
+        """Overwrite all rows by the states of all layers."""
+        for tensor, users in zip(self.tensors, self._places, strict=True):
+            torch.stack([getattr(layers[layer], field) for layer, field in users], out=tensor)
 
     def copy_to(self, other: "Slabs", first: int, count: int) -> None:
         """The first `count` rows, to another memory of the same states, from a row on."""
@@ -78,9 +94,13 @@ class Slabs:
 
     def take_rows(self, rows: Sequence[int], other: "Slabs", sources: Sequence[int]) -> None:
         """Overwrite these rows by rows of another memory of the same states."""
+        leading = list(rows) == list(range(len(rows)))  # written at once, at half the bytes
         index = to_device(torch.tensor([rows, sources]), torch.int64, self.device)
         for ours, theirs in zip(self.tensors, other.tensors, strict=True):
-            ours.index_copy_(1, index[0], theirs.index_select(1, index[1]))
+            if leading:
+                torch.index_select(theirs, 1, index[1], out=ours[:, : len(rows)])
+            else:
+                ours.index_copy_(1, index[0], theirs.index_select(1, index[1]))
 
     def copy(self, source: int, target: int) -> None:
         for tensor in self.tensors:
@@ -126,7 +146,7 @@ class Slabs:
 def states_in(slabs: Slabs, layers: Sequence[State | None], count: int | None = None) -> ModelState:
     """The states of the first `count` rows of such memory, which is not copied, in the form of those of `layers`."""
     states: list[State | None] = []
-    for index, layer in enumerate(layers):
-        tensors = {name: tensor[:count] for name, tensor in slabs.of_layer(index).items()}
+    for layer, memory in zip(layers, slabs.by_layer(), strict=True):
+        tensors = memory if count is None else {name: tensor[:count] for name, tensor in memory.items()}
         states.append(replace(layer, **tensors) if layer is not None and tensors else None)  # type: ignore[type-var]  # a dataclass
     return ModelState(tuple(states))

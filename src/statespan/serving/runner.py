@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.models.language_model import LanguageModel
+from statespan.models.prefill import Prefiller
 from statespan.models.transfer import to_device
 from statespan.serving.state_pool import StatePool, bucket
 
@@ -33,6 +35,7 @@ class Runner:
 
     def __init__(self, model: LanguageModel, pool: StatePool) -> None:
         self.model, self.pool = model, pool
+        self.num_prefilled = 0  # tokens of prompts so far
         self._steps: dict[int, Callable[[], Tensor]] = {}  # by the number of rows
         self._ids = torch.zeros_like(pool.active, dtype=torch.int64)
         self._decoding = -1  # rows that the device knows to be active
@@ -67,6 +70,7 @@ class Runner:
         """The residual stream [n h] after each chunk's last token."""
         for chunk in chunks:
             self._check(chunk.token_ids)
+            self.num_prefilled += len(chunk.token_ids)
             self.pool.reserve(chunk.row, self.pool.num_tokens[chunk.row] + len(chunk.token_ids))
         groups = self._groups(chunks)
         hidden = torch.cat([self._feed([chunks[place] for place in group]) for group in groups])
@@ -105,6 +109,11 @@ class Runner:
         counts = [len(chunk.token_ids) for chunk in chunks]
         longest = max(counts)
         ids = torch.tensor([[0] * (longest - len(chunk.token_ids)) + list(chunk.token_ids) for chunk in chunks])
+        if len(rows) == 1 and Prefiller.serves(1, longest) and self._prefiller is not None:
+            self._prefiller.start(self.pool.state(rows))
+            hidden = self._prefiller.feed(ids)[:, -1].clone()  # the next group's overwrites it
+            self.pool.store(rows, self._prefiller.memory, counts)
+            return hidden
         segments = None
         if min(counts) < longest:
             padding = longest - torch.tensor(counts)
@@ -115,6 +124,11 @@ class Runner:
         assert state is not None  # a state went in
         self.pool.store(rows, state, counts)
         return hidden[:, -1]
+
+    @cached_property
+    def _prefiller(self) -> Prefiller | None:
+        """Of one row; those of several are left to the model's own forward."""
+        return self.model.prefiller(1)
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int] | Tensor) -> Tensor:
