@@ -187,7 +187,7 @@ class Run:
                 tokens = tuple(torch.randint(0, self.model.config.vocab_size, (chunk,)).tolist())
                 seconds, logits = 0.0, torch.empty(0)
                 for _ in range(2):  # kernels are compiled
-                    pool._set_length(0, context)
+                    pool.row_pages.set_length(0, context)
                     torch.cuda.synchronize()
                     start = time.perf_counter()
                     logits = runner.prefill([Chunk(0, tokens)])
@@ -252,7 +252,7 @@ def pretend(pool: StatePool, context: int) -> None:
     for part in pool._kv.flatten(0, 1).split(64):
         part.normal_()
     for row in range(pool.num_rows):
-        pool._set_length(row, context)
+        pool.row_pages.set_length(row, context)
 
 
 def main() -> None:

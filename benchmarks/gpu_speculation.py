@@ -8,7 +8,7 @@ Random weights in bfloat16. A verify forward feeds k + 1 tokens a row (the newes
 at all of them and keeps the state after each, as a CUDA graph; a step is the decoder's graph. Where a forward costs r
 steps, speculation wins when it gives more than r tokens a forward.
 
-"engine" runs the serving engine with a draft model ("none": without) and with drafts that cost nothing. Random weights
+"engine" runs the serving engine with drafts that cost nothing and with a draft model ("none": without). Random weights
 agree on nothing, so whether a draft is accepted is drawn here with a given chance, after all the work of drafting,
 verifying and choosing has been done. "generate" looks up what such a model, which soon repeats itself, has said before.
 """
@@ -18,17 +18,18 @@ import gc
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from benchmarks.gpu_decode import built, seconds_of_graph
 from benchmarks.record import Row, report
 from statespan.generation import Generation, GenerationOptions, PromptLookup, Speculation, generate
+from statespan.generation.pace import Pace
 from statespan.models.language_model import LanguageModel
 from statespan.models.presets import preset
 from statespan.serving.adjustments import Drafts
 from statespan.serving.decode import Failed, PlainDecode
-from statespan.serving.drafters import RowDrafter
 from statespan.serving.engine import Engine
 from statespan.serving.job import Chosen, Sample
 from statespan.serving.options import EngineOptions
@@ -36,8 +37,9 @@ from statespan.serving.request import Request
 from statespan.serving.speculative import SpeculativeDecode
 
 BATCHES, DRAFTS = (1, 8, 64), (1, 2, 3, 4, 6, 8)
-CHANCES = (0.6, 0.8)  # of a draft to be accepted
+CHANCES = (0.2, 0.6, 0.8)  # of a draft to be accepted
 NUM_DRAFTS, PROMPT, NEW = 4, 64, 128  # tokens of the engine's requests
+LEARNING, TIMED = 2, 3  # waves of requests, with adaptive speculation
 SECONDS = 0.15  # of each timing
 
 
@@ -92,20 +94,28 @@ class DrawnChoice(PlainDecode):
         return drawn
 
 
-def tokens_a_second(engine: Engine, batch: int) -> float:
-    """Of greedy requests that run side by side, prompts not counted."""
+def tokens_a_second(engine: Engine, batch: int, waves: int = 1) -> float:
+    """Of greedy requests, as long as all rows run: neither prompts count nor the last steps of who fell behind."""
     options = GenerationOptions(max_new_tokens=NEW, temperature=0, ignore_eos=True)
-    for _ in range(batch):
-        prompt = tuple(random.randrange(engine.model.config.vocab_size) for _ in range(PROMPT))
-        engine.submit(Request(prompt, options, reuse=False))
-    for _ in range(3):
-        engine.step()
-    torch.cuda.synchronize()
-    started, count = time.perf_counter(), 0
-    while not engine.idle:
-        count += sum(len(event.token_ids) for event in engine.step())
-    torch.cuda.synchronize()
-    return count / (time.perf_counter() - started)
+    count, seconds = 0, 0.0
+    for _ in range(waves):
+        prompts = [[random.randrange(engine.model.config.vocab_size) for _ in range(PROMPT)] for _ in range(batch)]
+        requests = [Request(tuple(prompt), options, reuse=False) for prompt in prompts]
+        for request in requests:
+            engine.submit(request)
+        while len(engine.rows.active) < batch:
+            engine.step()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        while len(engine.rows.active) == batch:
+            count += sum(len(event.token_ids) for event in engine.step())
+        torch.cuda.synchronize()
+        seconds += time.perf_counter() - started
+        for request in requests:
+            engine.cancel(request.id)
+        while not engine.idle:
+            engine.step()
+    return count / seconds
 
 
 class SameDrafts:
@@ -114,41 +124,41 @@ class SameDrafts:
     def propose(self, samples: Sequence[Sample], counts: Sequence[int]) -> list[tuple[int, ...]]:
         return [(1,) * count for count in counts]
 
+    def warm_up(self) -> None:
+        pass
 
-def measure_engine(name: str, draft_name: str, batches: Sequence[int]) -> None:
+
+def measure_engine(model: LanguageModel, name: str, draft_name: str, batches: Sequence[int]) -> None:
     """Tokens a second, plain and with drafts at each chance, always or only while that is faster."""
-    model = built(preset(name))
     draft = None if draft_name == "none" else built(preset(draft_name))
-    options = EngineOptions(max_rows=max(batches), num_drafts=NUM_DRAFTS)
-    drafted = Engine(model, options, draft=draft)
-    assert isinstance(drafted.decode, SpeculativeDecode)  # there are drafts
-    plain = PlainDecode(drafted.runner, model.config.vocab_size, model.device, ahead=True)
-    choice = DrawnChoice(drafted.runner, model.config.vocab_size, model.device, ahead=True)
-    drafters: dict[str, RowDrafter] = {"look-up": SameDrafts()}
-    if draft is not None:
-        drafters[draft_name] = drafted.decode.drafter
-    task = f"{name}, batch {{}}, engine, {NUM_DRAFTS} drafts"
+    engine = Engine(model, EngineOptions(max_rows=max(batches), num_drafts=NUM_DRAFTS, cache_bytes=0), draft=draft)
+    assert isinstance(engine.decode, SpeculativeDecode)  # there are drafts
+    system, drafter = (draft_name, engine.decode.drafter) if draft is not None else ("look-up", SameDrafts())
+    plain = PlainDecode(engine.runner, model.config.vocab_size, model.device, ahead=True)
+    choice = DrawnChoice(engine.runner, model.config.vocab_size, model.device, ahead=True)
+    decode = SpeculativeDecode(choice, engine.runner, num_drafts=NUM_DRAFTS, drafter=drafter, adaptive=False)
+    choice.chance = 0.9
     for batch in batches:
-        rows: list[Row] = []
-        drafted.use(plain)
-        tokens_a_second(drafted, batch)  # captures
-        base = tokens_a_second(drafted, batch)
-        rows.append(Row(task.format(batch), "plain", base, "tok/s", 0.0))
-        for system, drafter in drafters.items():
-            for adaptive in (False, True):
-                decode = SpeculativeDecode(
-                    choice, drafted.runner, num_drafts=NUM_DRAFTS, drafter=drafter, adaptive=adaptive
-                )
-                drafted.use(decode)
-                for choice.chance in CHANCES:
-                    tokens_a_second(drafted, batch)  # captures, and measures which way is faster
-                    before = decode.report.accepted, decode.report.drafted
-                    rate = tokens_a_second(drafted, batch)
-                    accepted, count = decode.report.accepted - before[0], decode.report.drafted - before[1]
-                    told = f"{accepted / count:.0%} of {count} drafts came true" if count else "it was off"
-                    note = f"{rate / base:.2f} x plain; {told}, each with chance {choice.chance}"
-                    way = f"{system}, {'adaptive' if adaptive else 'on'}"
-                    rows.append(Row(task.format(batch), way, rate, "tok/s", 0.0, note))
+        for way in (decode, plain):
+            engine.use(way)
+            tokens_a_second(engine, batch)  # captures
+        base = tokens_a_second(engine, batch, waves=2)
+        task = f"{name}, batch {batch}, engine, {NUM_DRAFTS} drafts"
+        rows = [Row(task, "plain", base, "tok/s", 0.0)]
+        engine.use(decode)
+        for adaptive in (False, True):
+            decode.pace = Pace() if adaptive else None
+            for choice.chance in CHANCES:
+                if adaptive:  # what the chance is now, it must find out
+                    tokens_a_second(engine, batch, LEARNING)
+                before = replace(decode.report)
+                rate, after = tokens_a_second(engine, batch, TIMED if adaptive else 1), decode.report
+                accepted, count = after.accepted - before.accepted, after.drafted - before.drafted
+                told = f"{accepted / count:.0%} of {count} drafts came true" if count else "it was off"
+                note = f"{rate / base:.2f} x plain; {told}, each with chance {choice.chance}"
+                way = f"{system}, {'adaptive' if adaptive else 'on'}, chance {choice.chance}"
+                rows.append(Row(task, way, rate, "tok/s", 0.0, note))
+                print(task, way, note, flush=True)
         report("gpu_speculation", rows, ["statespan", "torch", "triton", "cuda-core"])
 
 
@@ -219,7 +229,9 @@ def main() -> None:
     elif arguments.what == "generate":
         measure_generate(arguments.model, arguments.batch)
     else:
-        measure_engine(arguments.model, arguments.draft, arguments.batch)
+        model = built(preset(arguments.model))
+        for draft in dict.fromkeys(("none", arguments.draft)):
+            measure_engine(model, arguments.model, draft, arguments.batch)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from statespan.layers.config import Mamba1Config
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
 from statespan.models.layer_pattern import LayerSpec
-from statespan.serving.decode import PlainDecode
 from statespan.serving.engine import Engine
 from statespan.serving.options import EngineOptions
 from statespan.serving.request import Request
@@ -143,17 +142,9 @@ def engine_rows(
         for way, adaptive in ((name, False), (f"{name}, adaptive", True)):
             engine = engines[way] = Engine(model, options, draft=draft)
             assert isinstance(engine.decode, SpeculativeDecode)  # there are drafts
+            engine.decode.clock = measure.clock
             if not adaptive:
-                plain = PlainDecode(engine.runner, model.config.vocab_size, model.device)
-                engine.use(
-                    SpeculativeDecode(
-                        plain,
-                        engine.runner,
-                        num_drafts=DRAFTS[name],
-                        drafter=engine.decode.drafter,
-                        adaptive=False,
-                    )
-                )
+                engine.decode.pace = None
 
     def run(name: str, engine: Engine) -> None:
         options = GenerationOptions(max_new_tokens=NEW, temperature=0, ignore_eos=True)

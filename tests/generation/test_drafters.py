@@ -1,5 +1,4 @@
 import json
-from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from statespan.checkpoints.tokenizer import ByteTokenizer, FileTokenizer
 from statespan.errors import UserError
 from statespan.generation import Speculation, SubwordDrafter, generate
 from statespan.generation.drafters import reclaim
-from statespan.generation.pace import FEW, MARGIN, PATIENCE, WINDOW, Pace
 from statespan.generation.sampling import Sampling
 from statespan.generation.subwords import last_word, token_texts
 from statespan.layers.state import RecurrentState
@@ -153,57 +151,3 @@ def test_reclaimed_caches_grow_in_place(tiny):
         again = model(torch.tensor([[4, 5]]), state=state).logits
         whole = model(torch.tensor([[1, 2, 3, 4, 5]])).logits[:, 3:]
     torch.testing.assert_close(again, whole, atol=1e-5, rtol=1e-4)
-
-
-def paced(seconds_plain: float, seconds_fast: float, steps: int, drafts: bool = True) -> list[bool]:
-    """Which steps speculated, where they cost so much a token."""
-    pace, ways = Pace(), []
-    for _ in range(steps):
-        speculated = pace.speculating and drafts
-        ways.append(speculated)
-        pace.note(speculated, 4 * (seconds_fast if speculated else seconds_plain), 4)
-    return ways
-
-
-def test_pace_turns_speculation_off_where_it_loses():
-    ways = paced(1.0, 3.0, 4000)
-    assert not any(ways[:WINDOW]) and ways[WINDOW : WINDOW + FEW] == [True] * FEW  # a look at it, and no more
-    assert not any(ways[WINDOW + FEW : WINDOW + FEW + PATIENCE])
-    assert sum(ways) < 0.01 * len(ways) and any(ways[1000:])  # and again, less and less often
-    assert sum(paced(1.0, 1.2, 4000)) < 0.02 * len(ways)  # where it is nearly as fast the look is longer
-
-
-def test_pace_keeps_it_where_it_wins():
-    ways = paced(3.0, 1.0, 4000)
-    assert sum(ways) > 0.95 * len(ways)
-    assert not all(ways[1000:])
-
-
-def test_pace_does_not_flip_for_little():
-    """A way that is faster by less than the margin does not take over."""
-    ways = paced(1.0, 1.0 / (1 + 0.5 * (MARGIN - 1)), 3000)
-    changes = sum(a != b for a, b in pairwise(ways))
-    assert changes < 25
-
-
-def test_pace_follows_a_change():
-    pace, ways = Pace(), []
-    for step in range(6000):
-        cost = 3.0 if step < 1000 else 0.3
-        ways.append(pace.speculating)
-        pace.note(pace.speculating, cost if pace.speculating else 1.0, 1)
-    assert sum(ways[200:1000]) < 60 and sum(ways[4000:]) > 1800
-
-
-def test_pace_without_drafts_stays_plain():
-    assert not any(paced(1.0, 3.0, 500, drafts=False))
-
-
-def test_pace_forgives_what_is_compiled_once():
-    """A few very slow steps at the beginning, as a compilation is one, do not decide."""
-    pace, ways = Pace(), []
-    for step in range(400):
-        ways.append(pace.speculating)
-        cost = 100.0 if step in (0, WINDOW) else 2.0 if pace.speculating else 1.0
-        pace.note(pace.speculating, cost, 5 if pace.speculating else 1)
-    assert sum(ways) > 350

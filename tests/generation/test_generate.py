@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from statespan.checkpoints import load
 from statespan.generation import Generation, generate, generate_stream
+from statespan.models.build import build
 from statespan.models.language_model import LanguageModel
 
 PROMPT = [3, 17, 42, 8, 8, 60, 1, 29, 33, 5, 12]
@@ -275,3 +278,13 @@ def test_timing_is_measured(scripted: Any) -> None:
 
 def test_no_prompts_give_no_generations(scripted: Any) -> None:
     assert generate(scripted({}), torch.zeros(0, 3, dtype=torch.int64)) == []
+
+
+def test_a_new_model_of_bytes_reads_text_without_files(tmp_path: Path) -> None:
+    model = build("jamba-demo", seed=0)
+    options: Any = {"max_new_tokens": 12, "temperature": 0}
+    ids = generate(model, list("né".encode()), **options).token_ids
+    answer = generate(model, "né", **options)
+    assert answer.token_ids == ids and answer.text == bytes(ids).decode(errors="replace")
+    model.save(tmp_path / "saved")
+    assert generate(load(tmp_path / "saved"), "né", **options).text == answer.text

@@ -53,17 +53,31 @@ def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> LanguageModel:
-    """A model of each family in turn, in float32."""
-    layers, attention = FAMILIES[request.param]
+def built(name: str) -> LanguageModel:
+    """In float32."""
+    layers, attention = FAMILIES[name]
     config = BASE.replace(layers=tuple(LayerSpec.from_text(text) for text in layers), attention=attention)
     return build(config, seed=1, device="cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> LanguageModel:
+    """A model of each family in turn."""
+    return built(request.param)
 
 
 @pytest.fixture(scope="module")
 def hybrid() -> LanguageModel:
     """A model with every kind of memory."""
-    layers, attention = FAMILIES["hybrid"]
-    config = BASE.replace(layers=tuple(LayerSpec.from_text(text) for text in layers), attention=attention)
-    return build(config, seed=1, device="cuda" if torch.cuda.is_available() else "cpu").eval()
+    return built("hybrid")
+
+
+@pytest.fixture(scope="module")
+def window() -> LanguageModel:
+    """A model whose attention sees 7 tokens, with mixers that weigh more, so that tokens depend on the past."""
+    model = built("window")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mixer." in name and name.endswith("weight") and "norm" not in name:
+                parameter.mul_(3)
+    return model

@@ -81,7 +81,7 @@ def alone(model, request: Request, index: int = 0) -> list[int]:
 
 def always(engine: Engine) -> SpeculativeDecode:
     assert isinstance(engine.decode, SpeculativeDecode)
-    engine.decode._pace = None  # speculate always
+    engine.decode.pace = None  # speculate always
     return engine.decode
 
 
@@ -105,6 +105,17 @@ def test_tokens_are_those_of_each_request_alone(family):
     report = always(engine).report
     assert run(engine, requests) == {request.id: alone(model, request) for request in requests}
     assert 5 < report.accepted < report.drafted
+
+
+def test_warming_up_leaves_nothing(family):
+    """Graphs are captured over rows that nobody has, of both pools."""
+    model, requests = lively(family), requests_of(random.Random(2), 5)
+    options = EngineOptions(page_size=4, num_pages=120, num_drafts=3, max_rows=3)
+    engine = Engine(model, options, draft=lively(family, 0.05))
+    engine.warm_up()
+    engine.check()
+    always(engine)
+    assert run(engine, requests) == {request.id: alone(model, request) for request in requests}
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])

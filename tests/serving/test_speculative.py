@@ -1,6 +1,7 @@
 """Speculation in the engine is seen in the clock only: every request gives the tokens that it gives alone."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from statespan.generation import generate
 from statespan.generation.drafters import TextIndex
 from statespan.generation.options import GenerationOptions
+from statespan.serving.decode import PlainDecode
 from statespan.serving.engine import Engine
 from statespan.serving.options import EngineOptions
 from statespan.serving.request import Request
@@ -47,7 +49,7 @@ class Foreseen(TextIndex):
 def engine_with_drafts(model, **options) -> Engine:
     engine = Engine(model, EngineOptions(page_size=4, num_pages=120, num_drafts=5, **options))
     assert isinstance(engine.decode, SpeculativeDecode)
-    engine.decode._pace = None  # speculate always
+    engine.decode.pace = None  # speculate always
     return engine
 
 
@@ -121,10 +123,41 @@ def test_lookup_and_pace_in_earnest(hybrid):
     prompt = tuple([3, 1, 4, 1, 5, 9, 2, 6] * 4)
     want = generate(model, list(prompt), max_new_tokens=90, temperature=0, ignore_eos=True).token_ids
     engine = Engine(model, EngineOptions(num_pages=40, num_drafts=4))
+    assert isinstance(engine.decode, SpeculativeDecode)
+    engine.decode.clock = itertools.count().__next__  # all steps take as long
     options = GenerationOptions(max_new_tokens=90, temperature=0, ignore_eos=True)
     assert run(engine, [Request(prompt, options, id="r")])["r.0"] == list(want)
     report = engine.decode.report
     assert report.verify_steps > 0 and report.plain_steps > 0
+
+
+@pytest.mark.parametrize(("cost", "longest"), [(1.5, 220.0), (12.0, 330.0)])
+def test_it_runs_where_it_is_faster(hybrid, monkeypatch, cost, longest):
+    """By a made-up clock: a plain step takes 1, a verify step so much, and drafts are right three times of four.
+
+    Plain steps alone would take 300.
+    """
+    model, options = lively(hybrid), {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}
+    texts = [generate(model, [start, 5], **options).token_ids for start in (3, 4)]
+    monkeypatch.setattr("statespan.serving.drafters.TextIndex", Foreseen)
+    Foreseen.known, Foreseen.chance = tuple((3 + row, 5, *text) for row, text in enumerate(texts)), random.Random(0)
+    engine, now = Engine(model, EngineOptions(page_size=4, num_pages=400, num_drafts=5)), [0.0]
+    decode, plain, verified = engine.decode, PlainDecode.__call__, SpeculativeDecode._verified
+    assert isinstance(decode, SpeculativeDecode)
+    decode.clock = lambda: now[0]
+
+    def timed(step, seconds):
+        def run(*arguments, **keywords):
+            now[0] += seconds
+            return step(*arguments, **keywords)
+
+        return run
+
+    monkeypatch.setattr(PlainDecode, "__call__", timed(plain, 1.0))
+    monkeypatch.setattr(SpeculativeDecode, "_verified", timed(verified, cost))
+    requests = [Request((3 + row, 5), GenerationOptions(**options), id=str(row)) for row in range(2)]
+    assert run(engine, requests) == {f"{row}.0": list(text) for row, text in enumerate(texts)}
+    assert decode.report.verify_steps > 0 and now[0] <= longest
 
 
 def test_cancelled_rows_leave_the_others_alone(model, monkeypatch):

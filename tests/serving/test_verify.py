@@ -5,6 +5,7 @@ import random
 import pytest
 
 from statespan.generation import GenerationOptions, generate
+from statespan.generation.pace import Kind
 from statespan.models.language_model import LanguageModel
 from statespan.serving.decode import PlainDecode
 from statespan.serving.engine import Engine
@@ -29,15 +30,21 @@ class Guesses:
             drafts.append(tuple(token if self._chance.random() < 0.7 else (token + 1) % 61 for token in rest))
         return drafts
 
+    def warm_up(self):
+        pass
+
 
 class Whims:
     """Speculation now and then, with plain steps ahead between."""
 
     def __init__(self, seed: int) -> None:
-        self._chance, self.speculating = random.Random(seed), False
+        self._chance = random.Random(seed)
 
-    def note(self, speculated: bool, seconds: float, tokens: int) -> None:
-        self.speculating = self._chance.random() < 0.5
+    def speculates(self, num_rows: int) -> bool:
+        return self._chance.random() < 0.5
+
+    def note(self, num_rows: int, kind: Kind, seconds: float, tokens: int, *, steady: bool) -> None:
+        pass
 
 
 def has_steps(model: LanguageModel) -> bool:
@@ -72,7 +79,7 @@ def test_tokens_are_those_of_each_alone(family: LanguageModel, kept_states: None
     assert isinstance(engine.decode, SpeculativeDecode)
     plain = PlainDecode(engine.runner, family.config.vocab_size, family.device, ahead=True)
     decode = SpeculativeDecode(plain, engine.runner, num_drafts=NUM_DRAFTS, drafter=Guesses(alone, 0))
-    decode._pace = Whims(page_size) if whims else None
+    decode.pace = Whims(page_size) if whims else None
     engine.use(decode)
     decode.warm_up()
     for request in requests:

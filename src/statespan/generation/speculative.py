@@ -20,7 +20,7 @@ from statespan.generation.acceptance import Verdict, judge
 from statespan.generation.batch import TokenLogprob, token_logprobs
 from statespan.generation.drafters import Draft, Drafter, reclaim
 from statespan.generation.options import GenerationOptions
-from statespan.generation.pace import Pace
+from statespan.generation.pace import Kind, Pace
 from statespan.generation.penalties import History
 from statespan.generation.sampling import RandomNumbers
 from statespan.generation.verifier import Forwards, Verification, give_back, take
@@ -87,6 +87,7 @@ class SpeculativeBatch:
         self._left = [options.max_new_tokens] * len(seeds)
         self._drafting = speculation.drafter.begin(model, options, seeds)
         self._pace = Pace() if speculation.adaptive else None
+        self._speculated = False  # in the last step
         self._holds = [take(model, len(seeds), 1 + speculation.num_drafts)]
         finalize(self, _end, ref(model), self._holds)
         self._in_steps = False  # the committed state is that of the steps, and `_state` an old one
@@ -128,8 +129,9 @@ class SpeculativeBatch:
 
     def _advance(self) -> None:
         """Go on by a verify forward, or by a plain step where speculation does not pay or nothing was drafted."""
-        started = perf_counter()
-        drafts = self._propose()
+        started, settled = perf_counter(), self._forwards.verify.settled
+        speculating = self._pace is None or self._pace.speculates(len(self._texts))
+        drafts = self._propose() if speculating else [Draft()] * len(self._texts)
         drafted = sum(len(draft.ids) for draft in drafts)
         if plain := not drafted and all(len(tokens) == 1 for tokens in self._pending):
             self._step_plainly(drafts)
@@ -140,19 +142,20 @@ class SpeculativeBatch:
         report.plain_steps, report.verify_steps = report.plain_steps + plain, report.verify_steps + (not plain)
         report.tokens, report.drafted = report.tokens + tokens, report.drafted + drafted
         report.accepted += sum(verdict.num_accepted for verdict in self._verdicts)
-        if self._pace is not None:
-            self._pace.note(not plain, perf_counter() - started, tokens)
+        if self._pace is not None and (settled or not speculating):
+            kind = Kind.PLAIN if not speculating else Kind.VAIN if plain else Kind.VERIFIED
+            # The first step that speculates reads what plain ones said.
+            steady = self._speculated if speculating else plain
+            self._pace.note(len(self._texts), kind, perf_counter() - started, tokens, steady=steady)
+        self._speculated = speculating
 
     def _propose(self) -> list[Draft]:
-        nothing = [Draft()] * len(self._texts)
-        if self._pace is not None and not self._pace.speculating:
-            return nothing
         most = self._speculation.num_drafts
         counts = [
             0 if len(pending) > MOST_PENDING else min(most, left - 1)
             for pending, left in zip(self._pending, self._left, strict=True)
         ]
-        return self._drafting.propose(self._texts, counts) if any(counts) else nothing
+        return self._drafting.propose(self._texts, counts) if any(counts) else [Draft()] * len(self._texts)
 
     def _step_plainly(self, drafts: Sequence[Draft]) -> None:
         """One token a row through the decoder."""

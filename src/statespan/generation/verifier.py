@@ -52,6 +52,11 @@ class Verifier:
     def has_graphs(self) -> bool:
         return self._graph is not None
 
+    @property
+    def settled(self) -> bool:
+        """Whether a forward has nothing left to compile or to capture."""
+        return self._graph is None or self._graph.num_runs > 1
+
     def __call__(
         self, model: LanguageModel, rows: Sequence[Sequence[int]], wanted: Sequence[int], state: ModelState
     ) -> Verification:
@@ -94,6 +99,7 @@ class _Graph:
         self._ids = ids = torch.zeros(kept.num_rows, dtype=torch.int64, device=memory.device)
         self._run = decoder.captured(lambda: decoder(ids))
         self.logits = torch.empty(0)
+        self.num_runs = 0
 
     @classmethod
     def of(cls, model: LanguageModel, batch_size: int, num_tokens: int) -> "_Graph | None":
@@ -110,6 +116,7 @@ class _Graph:
 
     def __call__(self, rows: Sequence[Sequence[int]], wanted: Sequence[int], state: ModelState) -> "_Graph":
         size = self._kept.num_rows // self._memory.num_rows
+        self.num_runs += 1
         self._ids.copy_(torch.tensor(self._decoder.filled(rows)).pin_memory(), non_blocking=True)
         if state is not self._before:
             torch._foreach_copy_(_tensors(self._before), _tensors(state))  # type: ignore[reportPrivateImportUsage]  # one launch; its only name

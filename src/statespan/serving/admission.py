@@ -49,8 +49,9 @@ class Admission:
         for token_id, bias in request.logit_bias.items():
             if not (0 <= token_id < vocab_size and math.isfinite(bias)):
                 raise RequestRefused(f"logit_bias {{{token_id}: {bias}}} must be of a token below {vocab_size}, finite")
-        wanted = self._pages_for(request)
         have = self._pool.pages.num_pages - 1
+        # A window's row holds few pages at once, but its place in the table is as long as all of them.
+        wanted = max(self._pages_for(request), self._pool.pages_for(self.row_tokens(request)))
         if wanted > have:
             raise RequestRefused(
                 f"{len(request.prompt)} prompt tokens and {options.max_new_tokens} new ones for {request.num_samples} "
@@ -73,17 +74,17 @@ class Admission:
         return len(request.prompt) + request.options.max_new_tokens + self.extra_tokens
 
     def _full_pages(self, num_tokens: int) -> int:
-        """Pages that so many tokens fill, which another row can share."""
-        return num_tokens // self._options.page_size if self._pool.pages_for(1) else 0
+        """Pages that so many tokens fill, which another row can share for good: not so where a window moves on."""
+        return 0 if self._pool.slides or not self._pool.pages_for(1) else num_tokens // self._options.page_size
 
     def _pages_of_forks(self, request: Request) -> int:
         """Pages that the samples after the first one take when they are forked."""
-        each = self._pool.pages_for(self.row_tokens(request)) - self._full_pages(len(request.prompt) - 1)
+        each = self._rows.most_pages(self.row_tokens(request)) - self._full_pages(len(request.prompt) - 1)
         return (request.num_samples - 1) * each
 
     def _pages_for(self, request: Request, shared: int = 0) -> int:
         """Pages that a request takes which starts with so many of a snapshot."""
-        return self._pool.pages_for(self.row_tokens(request)) - shared + self._pages_of_forks(request)
+        return self._rows.most_pages(self.row_tokens(request)) - shared + self._pages_of_forks(request)
 
     def room(self, pages: int, keep: Node | None = None) -> bool:
         """Whether so many pages are free, or could be made so at the cost of other snapshots than `keep`'s."""

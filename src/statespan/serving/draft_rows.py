@@ -7,6 +7,7 @@ from torch import Tensor
 
 from statespan.models.decoder import Decoder
 from statespan.models.language_model import LanguageModel
+from statespan.models.slabs import Slabs
 from statespan.models.transfer import to_device
 from statespan.ops.decode_step.tokens import choose_best
 from statespan.serving.job import Sample
@@ -41,7 +42,8 @@ class DraftRows:
         self._marks: list[Mark] = []  # before the first step of the last run, and after each
         self._fed: list[list[int]] = []  # the tokens of each row in that run
         self._in_graphs = self.pool.device.type == "cuda"
-        self._greedy: dict[tuple[int, int], _Greedy] = {}  # by rows and steps
+        self._greedy: dict[tuple[int, int], _Greedy] = {}  # by rows and steps; they share the memory for states
+        self._kept: Slabs | None = None
 
     def follow(self, samples: Sequence[Sample], room: Mapping[Sample, int]) -> None:
         """Have rows for these samples and no others, each with room for so many tokens."""
@@ -114,15 +116,9 @@ class DraftRows:
             The tokens chosen [count n] int64; None where a CUDA graph cannot hold the steps, and nothing was done.
         """
         pool, size = self.pool, bucket(len(ids))
-        if not self._in_graphs:
+        greedy = self._steps(size, count)
+        if greedy is None:
             return None
-        if (size, count) not in self._greedy:
-            decoder = self.model.decoder(size, memory=pool.leading(size), active=pool.active[:size])
-            if pool.device.type == "cuda" and not decoder.captures:
-                self._in_graphs = False
-                return None
-            self._greedy[size, count] = _Greedy(decoder, pool, size, count)
-        greedy = self._greedy[size, count]
         self._runner.activate(len(ids))
         pool.zero_fresh(len(ids))
         greedy.ids[: len(ids)].copy_(to_device(ids, torch.int64, pool.device))
@@ -134,6 +130,31 @@ class DraftRows:
             if place < count:
                 pool.advance(len(ids))
         return greedy.run()[:, : len(ids)]
+
+    @torch.inference_mode()
+    def warm_up(self, count: int) -> None:
+        """On a GPU, capture the graphs of so many greedy steps, and of single ones, while no row is in use."""
+        self._runner.warm_up()
+        for size in self._runner.graph_sizes if count else ():
+            if greedy := self._steps(size, count):
+                self._runner.activate(0)
+                for _ in range(2):
+                    greedy.run()
+
+    def _steps(self, size: int, count: int) -> "_Greedy | None":
+        """So many greedy steps of so many rows; None: a CUDA graph cannot hold them."""
+        if self._in_graphs and (size, count) not in self._greedy:
+            pool = self.pool
+            decoder = self.model.decoder(size, memory=pool.leading(size), active=pool.active[:size])
+            if pool.device.type == "cuda" and not decoder.captures:
+                self._in_graphs = False
+                return None
+            if self._kept is None or self._kept.num_rows < (count + 1) * size:
+                self._greedy.clear()  # with the memory that they hold
+                self._kept = None
+                self._kept = pool.slabs((count + 1) * size)
+            self._greedy[size, count] = _Greedy(decoder, pool, self._kept, size, count)
+        return self._greedy[size, count] if self._in_graphs else None
 
     def end(self, fed: Mapping[int, Sequence[int]]) -> None:
         """The tokens that some rows were fed since `begin`, for `settle`, with a mark after each; the others are set
@@ -147,9 +168,10 @@ class DraftRows:
 class _Greedy:
     """So many steps of `size` rows of a pool, each with the likeliest token of the one before: one CUDA graph."""
 
-    def __init__(self, decoder: Decoder, pool: StatePool, size: int, count: int) -> None:
+    def __init__(self, decoder: Decoder, pool: StatePool, kept: Slabs, size: int, count: int) -> None:
+        """`kept` is for the states before the first step, and after each."""
         self.ids = ids = torch.zeros(size, dtype=torch.int64, device=pool.device)
-        self.kept = kept = pool.slabs((count + 1) * size)  # before the first step, and after each
+        self.kept = kept
         chosen, best = ids.new_zeros(count, size), torch.zeros(size, device=pool.device)
 
         def run() -> Tensor:

@@ -31,6 +31,10 @@ class RowDrafter(Protocol):
         """For each of the samples, which are all that run, at most so many tokens."""
         ...
 
+    def warm_up(self) -> None:
+        """Compile and capture now what is needed later; nothing runs."""
+        ...
+
 
 def drafter_of(draft: LanguageModel, target: LanguageModel, options: EngineOptions, num_pages: int) -> RowDrafter:
     """Drafting by a model: of the same vocabulary, or a subword model for a byte model.
@@ -64,6 +68,9 @@ class LookupDrafter:
         self._lookup = lookup or PromptLookup()
         self._indices: dict[Sample, TextIndex] = {}
 
+    def warm_up(self) -> None:
+        pass
+
     def propose(self, samples: Sequence[Sample], counts: Sequence[int]) -> list[tuple[int, ...]]:
         self._indices = {sample: self._indices.get(sample) or TextIndex(self._lookup) for sample in samples}
         each = zip(samples, counts, strict=True)
@@ -81,6 +88,9 @@ class ModelDrafter:
         self._rows, self._num_drafts = rows, num_drafts
         self._sampling: RowSampling | None = None
         self._sampled: list[Sample] = []  # whose it is
+
+    def warm_up(self) -> None:
+        self._rows.warm_up(self._num_drafts + 1)
 
     def propose(self, samples: Sequence[Sample], counts: Sequence[int]) -> list[tuple[int, ...]]:
         rows, wanted = self._rows, dict(zip(samples, counts, strict=True))
@@ -135,6 +145,9 @@ class SubwordDrafter:
     def __init__(self, rows: DraftRows, vocabulary: SubwordVocabulary, num_drafts: int) -> None:
         self._rows, self._vocabulary, self._num_drafts = rows, vocabulary, num_drafts
         self._words: dict[Sample, tuple[int, list[int]]] = {}  # bytes that are in whole words, and these as tokens
+
+    def warm_up(self) -> None:
+        self._rows.warm_up(0)
 
     def propose(self, samples: Sequence[Sample], counts: Sequence[int]) -> list[tuple[int, ...]]:
         rows, wanted = self._rows, dict(zip(samples, counts, strict=True))

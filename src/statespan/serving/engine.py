@@ -1,25 +1,27 @@
 """Engine: the loop that serves many requests with one model (docs/serving.md)."""
 
 import logging
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from statespan.errors import UserError, first_line
+from statespan.generation.speculative import MOST_PENDING
 from statespan.models.language_model import LanguageModel, Tokenizer
 from statespan.serving.admission import Admission
 from statespan.serving.decode import Decode, Failed, PlainDecode
 from statespan.serving.drafters import drafter_of
+from statespan.serving.inbox import Inbox
 from statespan.serving.job import Job, Sample
 from statespan.serving.metrics import EngineMetrics
 from statespan.serving.options import EngineOptions, num_pages
 from statespan.serving.prefix_cache import PrefixCache
-from statespan.serving.request import Event, FinishReason, QueueFull, Request, RequestRefused
+from statespan.serving.prompts import Prompts
+from statespan.serving.request import Event, FinishReason, Request
 from statespan.serving.rows import Rows
-from statespan.serving.runner import Chunk, Runner
+from statespan.serving.runner import Runner
 from statespan.serving.scheduler import CANDIDATES, MOST_HELD_UP, MOST_PASSED, Queue, plan_prefill
 from statespan.serving.speculative import SpeculativeDecode
 from statespan.serving.spill import SpillStore, model_identity
@@ -66,20 +68,18 @@ class Engine:
         self.tokenizer = tokenizer or model.tokenizer
         self.pool = StatePool(model, options.max_rows + 1, num_pages(model, options, draft), options.page_size)
         self.runner = Runner(model, self.pool)
-        self.rows = Rows(self.pool)
+        self.rows = Rows(self.pool, max(options.prefill_tokens, MOST_PENDING + 1 + options.num_drafts))
         self.cache = self._new_cache()
+        if self.cache is not None and self.pool.slides:
+            self.pool.pages.reclaim = self.cache.free_pages  # rows find what they were promised
         self._admission = Admission(model, options, self.rows, self.cache, has_text=self.tokenizer is not None)
         self.use(self._new_decode(draft))
+        self._prompts = Prompts(self.runner, self.rows, self.cache, self._admission, options)
+        self._inbox = Inbox(options.max_waiting)
         self._queue: Queue[Job] = Queue()
+        self._dated: set[Job] = set()  # those with a deadline that have not ended
         self._counts: Counter[str] = Counter()  # of EngineMetrics
         self._finished: Counter[str] = Counter()  # samples by reason
-        # Shared with the threads that submit and cancel.
-        self._lock = threading.RLock()  # a stream may be collected, and cancel, while this thread holds it
-        self._arrived: deque[Job] = deque()
-        self._cancelled: set[str] = set()
-        self._ids: set[str] = set()  # requests that have not ended
-        self._dated: set[Job] = set()  # of these, those with a deadline
-        self._closed = False
 
     def _new_cache(self) -> PrefixCache | None:
         options = self.options
@@ -109,10 +109,7 @@ class Engine:
         """On a GPU, compile kernels and capture graphs now, before somebody waits for them. Nothing may be running."""
         if self.model.device.type != "cuda":
             return
-        row, room = self.rows.spare, (self.pool.pages.num_pages - 1) * self.pool.page_size
-        for length in (self.options.prefill_tokens, 1):
-            self.runner.absorb([Chunk(row, (0,) * (min(length, room) if self.pool.pages_for(1) else length))])
-            self.pool.clear(row)
+        self._prompts.warm_up()
         self.runner.warm_up()
         if isinstance(self.decode, SpeculativeDecode):
             self.decode.warm_up()
@@ -125,29 +122,16 @@ class Engine:
             QueueFull: as many wait as may.
         """
         self._admission.check(request)
-        seed = request.options.seed
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        with self._lock:
-            if self._closed:
-                raise RequestRefused("the engine is closed")
-            if request.id in self._ids:
-                raise RequestRefused(f"request id {request.id!r} is in use; give each request its own")
-            if len(self._arrived) + len(self._queue) >= self.options.max_waiting:
-                raise QueueFull(f"{self.options.max_waiting} requests wait already; try again later")
-            self._counts["requests"] += 1
-            self._ids.add(request.id)
-            self._arrived.append(Job(request, self._counts["requests"], seed))
+        self._inbox.submit(request, len(self._queue))
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step, with finish_reason "cancelled". Any thread may call this."""
-        with self._lock:
-            if request_id in self._ids:
-                self._cancelled.add(request_id)
+        self._inbox.cancel(request_id)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._arrived or self._queue or self.rows.prefilling or self.rows.active)
+        return not (self._inbox or self._queue or self.rows.prefilling or self.rows.active)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -165,20 +149,20 @@ class Engine:
             RequestRefused: a prompt is empty, too long, or not of the vocabulary.
             QueueFull: running requests leave no memory for it.
         """
-        return torch.stack([self._embed(tuple(prompt)) for prompt in prompts])
+        return torch.stack([self._prompts.embed(tuple(prompt)) for prompt in prompts])
 
     def metrics(self) -> EngineMetrics:
         """Counters and gauges of now. Any thread may call this."""
         cache, pages = self.cache, self.pool.pages
         gauges = {
-            "waiting": len(self._arrived) + len(self._queue),
+            "waiting": len(self._inbox) + len(self._queue),
             "prefilling": len(self.rows.prefilling),
             "decoding": len(self.rows.active),
             "rows": self.rows.num_rows,
             "pages_free": pages.num_free,
             "pages": pages.num_pages - 1,
         }
-        counts = dict(self._counts)  # copied at once: another thread counts on
+        counts = dict(self._counts) | {"requests": self._inbox.num_requests}  # copied at once: another thread counts on
         if isinstance(self.decode, SpeculativeDecode):
             counts["drafted_tokens"] = self.decode.report.drafted
             counts["accepted_tokens"] = self.decode.report.accepted
@@ -192,14 +176,11 @@ class Engine:
 
     def close(self) -> None:
         """Drop all requests, and snapshots unless there is a folder to keep them in. Nothing else works afterwards."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        if not self._inbox.close():
+            return
         _log.info(self.metrics().cache_summary)
         for job in self._running():
             self.rows.drop(job)
-        self._arrived.clear()
         self._queue.clear()
         if self.cache is not None:
             self.cache.close()
@@ -216,8 +197,9 @@ class Engine:
         for page in range(1, pages.num_pages):
             assert pages.holders(page) == held[page], f"page {page} has {pages.holders(page)} holders, not {held[page]}"
         assert pages.num_free == pages.num_pages - 1 - len(held)
-        jobs = [*self._arrived, *self._queue, *self._running()]
-        assert {job.request.id for job in jobs} == self._ids and len(jobs) == len(self._ids)
+        reclaimable = 0 if self.cache is None else self.cache.reclaimable()
+        assert pages.num_free + reclaimable >= self.rows.pages_promised, "pages were promised that are not there"
+        self._inbox.check([*self._queue, *self._running()])
 
     def _running(self) -> list[Job]:
         """Jobs that have rows."""
@@ -225,13 +207,11 @@ class Engine:
 
     def _leave(self) -> list[Event]:
         """Take what came from other threads; end what was cancelled or is late."""
-        with self._lock:
-            while self._arrived:
-                job = self._arrived.popleft()
-                self._queue.add(job)
-                if job.request.deadline_s is not None:
-                    self._dated.add(job)
-            cancelled, self._cancelled = self._cancelled, set()
+        arrived, cancelled = self._inbox.take()
+        for job in arrived:
+            self._queue.add(job)
+            if job.request.deadline_s is not None:
+                self._dated.add(job)
         events: list[Event] = []
         if not cancelled and not any(job.expired for job in self._dated):
             return events
@@ -271,31 +251,16 @@ class Engine:
         left, share = self.options.prefill_tokens, self.options.longest_waiting_share
         while plan := plan_prefill(self.rows.prefilling, left, share):
             try:
-                left -= sum(count for _, count in plan)
-                self._absorb(plan)
+                count = sum(count for _, count in plan)
+                left -= count
+                self._prompts.absorb(plan)
+                self._counts["prefill_tokens"] += count
             except Exception as error:
                 events += self._fail([job for job, _ in plan], error)
         for job in sorted(self.rows.prefilling, key=lambda job: job.order):
             if job.num_to_prefill == 0:
                 events += self._activate(job)
         return events
-
-    def _absorb(self, plan: Sequence[tuple[Job, int]]) -> None:
-        """Feed each job so many tokens of its prompt, and take the snapshots that are wanted there."""
-        chunks: list[Chunk] = []
-        for job, count in plan:
-            chunks.append(Chunk(job.row, job.request.prompt[job.num_absorbed : job.num_absorbed + count]))
-        self.runner.absorb(chunks)
-        for job, count in plan:
-            job.num_absorbed += count
-            self._counts["prefill_tokens"] += count
-            if job.num_absorbed in job.snapshots_at:
-                self._remember(job.row, job.request.prompt[: job.num_absorbed])
-
-    def _remember(self, row: int, tokens: Sequence[int]) -> None:
-        """Give a snapshot of a row, which has absorbed `tokens`, to the prefix cache."""
-        if self.cache is not None and not self.cache.has(tokens):
-            self.cache.insert(tokens, self.pool.snapshot(row))
 
     def _activate(self, job: Job) -> list[Event]:
         """The prompt is absorbed but for its last token, which the next decode step feeds."""
@@ -336,7 +301,7 @@ class Engine:
         absorbed = self.pool.num_tokens[sample.row]  # with speculation it may lag, or hold tokens after the end
         sound = reason in ("stop", "eos", "length") and absorbed <= len(sample.token_ids)
         if sound and sample.job.request.reuse and sample.num_new > 1:
-            self._remember(sample.row, sample.token_ids[:absorbed])
+            self._prompts.remember(sample.row, sample.token_ids[:absorbed])
         self.rows.leave(sample)
         self._count_end(sample.job, reason)
 
@@ -345,9 +310,7 @@ class Engine:
         job.num_open -= 1
         if job.num_open == 0:
             self._dated.discard(job)
-            with self._lock:
-                self._ids.discard(job.request.id)
-                self._cancelled.discard(job.request.id)
+            self._inbox.ended(job.request.id)
 
     def _end(self, job: Job, reason: FinishReason, error: str | None = None) -> list[Event]:
         """End what is left of a job, wherever it is; its memory is free."""
@@ -372,22 +335,6 @@ class Engine:
         if not isinstance(error, UserError):
             _log.error("a step of the engine failed", exc_info=error)
         return [event for job in jobs for event in self._end(job, "error", _told(error))]
-
-    def _embed(self, prompt: tuple[int, ...]) -> Tensor:
-        self._admission.check_tokens(prompt)
-        pages = self.pool.pages_for(len(prompt))
-        if pages > self.pool.pages.num_pages - 1:
-            raise RequestRefused(f"a prompt of {len(prompt)} tokens is too long; it needs {pages} pages")
-        if not self._admission.room(pages):
-            raise QueueFull("running requests leave no memory for the embedding now; try again later")
-        row, size = self.rows.spare, self.options.prefill_tokens
-        try:
-            hidden = [
-                self.runner.embed([Chunk(row, prompt[start : start + size])]) for start in range(0, len(prompt), size)
-            ]
-        finally:
-            self.pool.clear(row)
-        return hidden[-1][0].cpu()
 
 
 def _told(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """PagePool: which pages of keys and values are free, and how many hold each of the others. No tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from statespan.errors import UserError
 
@@ -23,6 +23,7 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self.reclaim: Callable[[int], object] | None = None  # makes so many free, if it can, of those that can wait
         self._holders = [0] * num_pages
         self._free = list(range(num_pages - 1, 0, -1))  # the next one is the last
 
@@ -40,6 +41,8 @@ class PagePool:
         Raises:
             OutOfPages: fewer are free; nothing was taken.
         """
+        if count > self.num_free and self.reclaim is not None:
+            self.reclaim(count)
         if count > self.num_free:
             raise OutOfPages(f"{count} pages are wanted and {self.num_free} of {self.num_pages - 1} are free")
         pages = [self._free.pop() for _ in range(count)]

@@ -9,11 +9,16 @@ from statespan.serving.state_pool import Snapshot, StatePool
 class Rows:
     """Rows of `pool` for jobs that are prefilled and samples that are decoded.
 
-    The pool has one row more than are given away, so that there is always one to move a row to.
+    The pool has one row more than are given away, so that there is always one to move a row to. Pages are given to a
+    row at once; where a window lets go of them, they are promised and come on the way.
+
+    Args:
+        pool: of the rows.
+        at_once: tokens that a forward takes of a row, at most.
     """
 
-    def __init__(self, pool: StatePool) -> None:
-        self.pool, self.num_rows = pool, pool.num_rows - 1
+    def __init__(self, pool: StatePool, at_once: int = 1) -> None:
+        self.pool, self.num_rows, self._at_once = pool, pool.num_rows - 1, at_once
         self.active: list[Sample] = []  # sample i is in row i
         self.prefilling: list[Job] = []
 
@@ -24,8 +29,18 @@ class Rows:
 
     @property
     def pages_promised(self) -> int:
-        """Pages that rows yet to be forked will take."""
-        return sum(job.pages_promised for job in self.prefilling)
+        """Pages that rows yet to be forked will take, and that rows will come to hold."""
+        forks = sum(job.pages_promised for job in self.prefilling)
+        if not self.pool.slides:
+            return forks
+        jobs = [*self.prefilling, *(sample.job for sample in self.active)]
+        used = [*range(len(self.active)), *(job.row for job in self.prefilling)]
+        held = {page for row in used for page in self.pool.pages_of(row)}  # a page of two rows is one, until they part
+        return forks + max(0, sum(self.most_pages(job.num_tokens) for job in jobs) - len(held))
+
+    def most_pages(self, num_tokens: int) -> int:
+        """Pages that a row holds at most on its way to so many tokens."""
+        return self.pool.most_pages(num_tokens, self._at_once)
 
     @property
     def spare(self) -> int:
@@ -42,7 +57,7 @@ class Rows:
         try:
             if snapshot is not None:
                 self.pool.restore(row, snapshot)
-            self.pool.reserve(row, num_tokens)
+            self._reserve(row, num_tokens)
         except BaseException:
             self.pool.clear(row)
             raise
@@ -60,7 +75,7 @@ class Rows:
             row = self._next_active_row()
             self.pool.fork(first, row)
             self._activate(sample, row)
-            self.pool.reserve(row, num_tokens)
+            self._reserve(row, num_tokens)
         self.prefilling.remove(job)
 
     def leave(self, sample: Sample) -> None:
@@ -92,6 +107,10 @@ class Rows:
         for row in range(self.pool.num_rows):
             if row not in used:
                 assert not self.pool.pages_of(row) and not self.pool.num_tokens[row], f"row {row} leaks"
+
+    def _reserve(self, row: int, num_tokens: int) -> None:
+        if not self.pool.slides:
+            self.pool.reserve(row, num_tokens)
 
     def _activate(self, sample: Sample, row: int) -> None:
         self.active.append(sample)

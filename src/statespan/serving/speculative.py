@@ -11,7 +11,7 @@ from time import perf_counter
 
 import torch
 
-from statespan.generation.pace import Pace
+from statespan.generation.pace import Kind, Pace
 from statespan.generation.speculative import MOST_PENDING, SpeculationReport
 from statespan.serving.adjustments import Drafts
 from statespan.serving.decode import Failed, PlainDecode
@@ -32,7 +32,7 @@ class SpeculativeDecode:
         runner: of the same pool.
         num_drafts: tokens proposed a row and step, at most.
         drafter: where drafts come from; None: prompt look-up.
-        adaptive: whether to measure both ways and take the faster one.
+        adaptive: whether to measure both ways and take the faster one; see `pace`, which says before each step.
     """
 
     extra_tokens = 0  # a draft stands where one of the tokens to come will
@@ -47,19 +47,25 @@ class SpeculativeDecode:
         adaptive: bool = True,
     ) -> None:
         self.report = SpeculationReport()
-        self._plain, self._pool, self._num_drafts = plain, runner.pool, num_drafts
+        self._plain, self._runner, self._pool, self._num_drafts = plain, runner, runner.pool, num_drafts
         self.drafter, self._verify = drafter or LookupDrafter(), Verify(runner, 1 + num_drafts)
-        self._pace = Pace() if adaptive else None
+        self.pace = Pace() if adaptive else None
+        self.clock = perf_counter  # by which both ways are measured
+        self._speculated = False  # in the last step
+        self._ended_s, self._rows, self._prefilled = 0.0, frozenset[Sample](), 0  # when the last step ended
 
     def warm_up(self) -> None:
-        """On a GPU, capture the graphs of verify forwards now, while no row is in use."""
+        """On a GPU, capture the graphs of verify forwards and of drafting now, while no row is in use."""
         self._verify.warm_up()
+        self.drafter.warm_up()
 
     def __call__(self, samples: Sequence[Sample]) -> list[list[Chosen] | Failed]:
-        started = perf_counter()
-        speculating = self._pace is None or self._pace.speculating
+        started, unread = self.clock(), self._plain.unread
+        speculating = self.pace is None or self.pace.speculates(len(samples))
+        settled = self._verify.settled(len(samples))
         # A step that runs ahead is awaited first.
-        drafts = self._propose(samples) if speculating and not self._plain.unread else [()] * len(samples)
+        drafting = speculating and not unread
+        drafts = self._propose(samples) if drafting else [()] * len(samples)
         drafted = sum(map(len, drafts))
         waiting = any(len(self._pending(row, sample)) > 1 for row, sample in enumerate(samples))
         if plain := not drafted and not waiting:
@@ -71,9 +77,22 @@ class SpeculativeDecode:
         report.plain_steps, report.verify_steps = report.plain_steps + plain, report.verify_steps + (not plain)
         report.tokens, report.drafted = report.tokens + sum(counts), report.drafted + drafted
         report.accepted += sum(max(0, count - 1) for count in counts)
-        if self._pace is not None:
-            self._pace.note(not plain, perf_counter() - started, sum(counts))
+        seconds = self._seconds(started, samples)
+        if self.pace is not None and (settled or not drafting):
+            kind = Kind.PLAIN if not drafting else Kind.VAIN if plain else Kind.VERIFIED
+            # The first step of a way reads what the other did, or begins to run ahead.
+            steady = self._speculated if drafting else plain and unread == self._plain.unread
+            self.pace.note(len(samples), kind, seconds, sum(counts), steady=steady and speculating == drafting)
+        self._speculated = drafting
         return chosen
+
+    def _seconds(self, started: float, samples: Sequence[Sample]) -> float:
+        """Of this step, and of what the host did since the last one, unless rows were idle or prompts absorbed."""
+        ended, prefilled = self.clock(), self._runner.num_prefilled
+        if prefilled == self._prefilled and any(sample in self._rows for sample in samples):
+            started = self._ended_s
+        self._ended_s, self._rows, self._prefilled = ended, frozenset(samples), prefilled
+        return ended - started
 
     def _pending(self, row: int, sample: Sample) -> list[int]:
         """Tokens that the row has not absorbed, the newest at least."""

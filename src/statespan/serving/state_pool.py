@@ -13,6 +13,7 @@ from statespan.models.language_model import LanguageModel
 from statespan.models.slabs import Slabs, states_in
 from statespan.models.transfer import to_device
 from statespan.serving.page_pool import PagePool
+from statespan.serving.row_pages import RowPages
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +64,9 @@ class StatePool:
             raise UserError(f"a pool needs rows and pages, got {num_rows} rows, {num_pages} pages of {page_size}")
         self.num_rows, self.page_size = num_rows, page_size
         self.pages = PagePool(num_pages)
-        self.num_tokens = [0] * num_rows
-        self._held: list[list[int]] = [[] for _ in range(num_rows)]  # in order; 0 where a page was let go
-        self._num_gone = [0] * num_rows  # so many at the beginning
         states = model.new_state(0).layers
         caches = [state for state in states if isinstance(state, KVCache)]
-        self._window = None if rewinds or not caches else model.config.attention.sliding_window
+        window = None if rewinds or not caches else model.config.attention.sliding_window
         self.device = model.device
         self._constants = [_constant(state) for state in states]
         self._slabs = self.slabs(padded_rows(num_rows, self.device))
@@ -76,11 +74,9 @@ class StatePool:
         shape = (num_pages, page_size, *(caches[0].row_shape if caches else (0, 0)))
         # [2 layers, pages ...]: a page of all layers is copied at once.
         self._kv = torch.zeros(2 * len(caches), *shape, dtype=model.dtype, device=self.device)
-        self._has_pages = bool(caches)
         self.page_bytes = self._kv[:, 0].nbytes
-        most = num_pages - 1 if caches else 0
-        self._table = torch.zeros(rows, most, dtype=torch.int32, device=self.device)
-        self._length = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self.row_pages = RowPages(self.pages, page_size if caches else 0, num_rows, rows, window, self.device)
+        self.num_tokens = self.row_pages.num_tokens
         self.active = torch.zeros(rows, dtype=torch.int32, device=self.device)  # 1: the row takes part in decoding
         self._layers = self._with_pages(states)
 
@@ -88,11 +84,11 @@ class StatePool:
         """Each layer's memory of all rows."""
         layers: list[State | None] = []
         pairs = iter(self._kv.unflatten(0, (-1, 2)))
-        for index, state in enumerate(states):
-            constant = self._slabs.of_layer(index)
+        for state, constant in zip(states, self._slabs.by_layer(), strict=True):
             if isinstance(state, KVCache):
                 key, value = next(pairs)
-                layers.append(PagedKVCache(key, value, self._table, self._length, constant.get("conv")))
+                table, length = self.row_pages.table, self.row_pages.length
+                layers.append(PagedKVCache(key, value, table, length, constant.get("conv")))
             else:
                 layers.append(None if state is None else replace(state, **constant))  # type: ignore[type-var]  # a dataclass
         return layers
@@ -100,7 +96,8 @@ class StatePool:
     @property
     def num_bytes(self) -> int:
         """Of all rows and pages."""
-        return self._slabs.num_bytes + self._kv.nbytes + self._table.nbytes + self._length.nbytes + self.active.nbytes
+        rows = (self.row_pages.table, self.row_pages.length, self.active)
+        return self._slabs.num_bytes + self._kv.nbytes + sum(tensor.nbytes for tensor in rows)
 
     @property
     def row_bytes(self) -> int:
@@ -109,27 +106,24 @@ class StatePool:
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages of a row with so many tokens; 0 where no layer has keys and values."""
-        return -(-num_tokens // self.page_size) if self._has_pages else 0
+        return self.row_pages.needed(num_tokens)
 
     def pages_seen(self, num_tokens: int) -> int:
         """As `pages_for`, without those that no token after these sees."""
-        return self.pages_for(num_tokens) - self._gone(num_tokens)
+        return self.row_pages.needed(num_tokens) - self.row_pages.gone(num_tokens)
 
     def pages_of(self, row: int) -> tuple[int, ...]:
         """The pages that a row holds, in order."""
-        return tuple(self._held[row][self._num_gone[row] :])
+        return tuple(self.row_pages.of(row))
 
-    def _gone(self, num_tokens: int) -> int:
-        """Pages at the beginning of a sequence that its sliding window has left behind."""
-        return 0 if self._window is None else max(0, num_tokens - self._window + 1) // self.page_size
+    @property
+    def slides(self) -> bool:
+        """Whether rows let go of pages on their way, and so get them on their way too."""
+        return self.row_pages.window is not None
 
-    def _let_go(self, row: int) -> None:
-        """Free the pages that no later token of the row sees."""
-        known, gone = self._num_gone[row], self._gone(self.num_tokens[row])
-        if gone > known:
-            self.pages.release(self._held[row][known:gone])
-            self._held[row][known:gone] = [0] * (gone - known)
-            self._num_gone[row] = gone
+    def most_pages(self, num_tokens: int, at_once: int) -> int:
+        """Pages that a row holds at most on its way to so many tokens, of which a forward takes up to `at_once`."""
+        return self.row_pages.most(num_tokens, at_once)
 
     def reserve(self, row: int, num_tokens: int) -> None:
         """Give the row pages for so many tokens in all, those that it has included.
@@ -137,20 +131,7 @@ class StatePool:
         Raises:
             OutOfPages: fewer are free; nothing was taken.
         """
-        held = self._held[row]
-        wanted = self.pages_for(num_tokens) - len(held)
-        if wanted > 0:
-            held += self.pages.allocate(wanted)
-            self._write_table(row, len(held) - wanted)
-
-    def _write_table(self, row: int, first: int = 0) -> None:
-        """Tell the device of a row's pages from the first one on."""
-        pages = self._held[row][first:]
-        self._table[row, first : first + len(pages)] = to_device(pages, torch.int32, self.device)
-
-    def _set_length(self, row: int, num_tokens: int) -> None:
-        self.num_tokens[row] = num_tokens
-        self._length[row].fill_(num_tokens)  # an assignment of one number waits for the device
+        self.row_pages.reserve(row, num_tokens)
 
     @torch.inference_mode()
     def state(self, rows: Sequence[int]) -> ModelState:
@@ -162,10 +143,10 @@ class StatePool:
         fresh = [place for place, length in enumerate(lengths) if length == 0]
         constants = self._slabs.read(rows, fresh)
         index = to_device(rows, torch.int64, self.device)
-        table = self._table[index, : max(len(self._held[row]) for row in rows)]
-        length = self._length[index]
+        table = self.row_pages.table[index, : max(len(self.row_pages.held[row]) for row in rows)]
+        length = self.row_pages.length[index]
         dense = len(set(lengths)) == 1
-        first = _first_of_run(self._held[rows[0]], self._num_gone[rows[0]]) if len(rows) == 1 else None
+        first = self.row_pages.run(rows[0]) if len(rows) == 1 else None
         layers: list[State | None] = []
         for layer, constant in zip(self._layers, constants, strict=True):
             if isinstance(layer, PagedKVCache):
@@ -183,10 +164,8 @@ class StatePool:
     def grow(self, rows: Sequence[int], added: Sequence[int]) -> None:
         """So many new tokens are in each row's memory."""
         for row, count in zip(rows, added, strict=True):
-            self.num_tokens[row] += count
-            assert self.pages_for(self.num_tokens[row]) <= len(self._held[row]), f"row {row} outgrew its pages"
-            self._let_go(row)
-        self._tell_lengths(rows)
+            self.row_pages.add(row, count)
+        self.row_pages.tell_lengths(rows)
 
     def slabs(self, count: int) -> Slabs:
         """Memory for `count` constant states."""
@@ -227,14 +206,7 @@ class StatePool:
             self._slabs.scatter(its, [tensor.index_select(1, index) for tensor in mark.tensors])
             for row in its:
                 self.num_tokens[row] = mark.num_tokens[row]
-        self._tell_lengths(rows)
-
-    def _tell_lengths(self, rows: Sequence[int]) -> None:
-        """The device needs them for keys and values alone."""
-        if not self._has_pages:
-            return
-        new = to_device([self.num_tokens[row] for row in rows], torch.int32, self.device)
-        self._length[to_device(rows, torch.int64, self.device)] = new
+        self.row_pages.tell_lengths(rows)
 
     def leading(self, count: int) -> ModelState:
         """The memory of the first rows itself, for a decoder that overwrites it: see `advance`."""
@@ -252,30 +224,22 @@ class StatePool:
     def advance(self, count: int) -> None:
         """A decoder takes the first rows on by a token each; the device counts for itself."""
         self.zero_fresh(count)
+        if self.slides:
+            self.row_pages.extend(count)
         for row in range(count):
-            self.num_tokens[row] += 1
-            if self._has_pages:
-                assert self.pages_for(self.num_tokens[row]) <= len(self._held[row]), f"row {row} outgrew its pages"
-                self._let_go(row)
+            self.row_pages.add(row, 1)
 
     @torch.inference_mode()
     def clear(self, row: int) -> None:
         """The row is free, and as before the first token."""
-        self.pages.release(self.pages_of(row))
-        self._held[row], self._num_gone[row] = [], 0
-        self._table[row] = 0
-        self._set_length(row, 0)
+        self.row_pages.clear(row)
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """What one row has is another's, which was free; the first is free then."""
         self._require_free(target)
         self._slabs.copy(source, target)
-        self._held[target], self._held[source] = self._held[source], []
-        self._num_gone[target], self._num_gone[source] = self._num_gone[source], 0
-        self._table[target] = self._table[source]
-        self._set_length(target, self.num_tokens[source])
-        self.clear(source)
+        self.row_pages.move(source, target)
 
     @torch.inference_mode()
     def fork(self, source: int, target: int) -> None:
@@ -285,14 +249,14 @@ class StatePool:
             OutOfPages: no page is free for that copy; nothing was changed.
         """
         self._require_free(target)
-        self._share(target, self.num_tokens[source], self._pages_seen_by(source))
+        self._share(target, self.num_tokens[source], self.row_pages.seen_by(source))
         self._slabs.copy(source, target)
 
     @torch.inference_mode()
     def snapshot(self, row: int) -> Snapshot:
         """The row as it is; to be given back by `release`."""
         num_tokens = self.num_tokens[row]
-        pages = tuple(self._pages_seen_by(row))
+        pages = tuple(self.row_pages.seen_by(row))
         self.pages.retain(pages)
         return Snapshot(num_tokens, self._slabs.take(row, fresh=num_tokens == 0), pages, self.page_bytes)
 
@@ -342,25 +306,12 @@ class StatePool:
         states = tuple(tensors[name].to(self.device) for name in names)
         return Snapshot(num_tokens, states, tuple(pages), self.page_bytes)
 
-    def _pages_seen_by(self, row: int) -> list[int]:
-        """Those with tokens that the row's next one sees."""
-        num_tokens = self.num_tokens[row]
-        return self._held[row][self._gone(num_tokens) : self.pages_for(num_tokens)]
-
     def _share(self, row: int, num_tokens: int, pages: Sequence[int]) -> None:
-        """Give a free row the full ones of these pages, which it sees after so many tokens, and a copy of the last."""
-        gone = self._gone(num_tokens)
-        full = num_tokens // self.page_size - gone if self._has_pages else 0
-        copy = self.pages.allocate(len(pages) - full)
-        self.pages.retain(pages[:full])
-        self._held[row], self._num_gone[row] = [0] * gone + [*pages[:full], *copy], gone
-        for new in copy:
-            self._kv[:, new] = self._kv[:, pages[full]]
-        self._write_table(row)
-        self._set_length(row, num_tokens)
+        for page, copy in self.row_pages.share(row, num_tokens, pages):
+            self._kv[:, copy] = self._kv[:, page]
 
     def _require_free(self, row: int) -> None:
-        assert not self.num_tokens[row] and not self._held[row], f"row {row} is in use"
+        assert not self.num_tokens[row] and not self.row_pages.held[row], f"row {row} is in use"
 
 
 def _constant(state: State | None) -> dict[str, Tensor]:
@@ -370,14 +321,6 @@ def _constant(state: State | None) -> dict[str, Tensor]:
     if isinstance(state, KVCache):
         return {} if state.conv is None else {"conv": state.conv}
     return state.tensors()
-
-
-def _first_of_run(pages: Sequence[int], num_gone: int) -> int | None:
-    """The first page, if each of the others follows the one before; those that were let go may be any."""
-    held = pages[num_gone:]
-    if not held or held[0] < num_gone or list(held) != list(range(held[0], held[0] + len(held))):
-        return None
-    return held[0] - num_gone
 
 
 def padded_rows(num_rows: int, device: torch.device) -> int:

@@ -15,6 +15,8 @@ from statespan.models.verify_step import VerifyDecoder
 from statespan.serving.runner import Runner
 from statespan.serving.state_pool import StatePool, bucket
 
+RUNS_TO_CAPTURE = 2  # of a graph: the first runs as it is
+
 
 class Verified(Protocol):
     """What a forward gave; the next one overwrites it."""
@@ -52,6 +54,9 @@ class Verify:
     @torch.inference_mode()
     def __call__(self, fed: Sequence[Sequence[int]], wanted: Sequence[int]) -> Verified:
         """Feed row i the tokens `fed[i]`; logits are wanted after the last `wanted[i]` of them."""
+        pool = self._runner.pool
+        for row, tokens in enumerate(fed) if pool.slides else ():
+            pool.reserve(row, pool.num_tokens[row] + len(tokens))
         graph = self._graph(bucket(len(fed))) if self._captures else None
         return self._launch(fed, wanted) if graph is None else graph(fed, wanted)
 
@@ -60,8 +65,13 @@ class Verify:
         """Capture all graphs now, while no row is in use."""
         for size in self._runner.graph_sizes if self._captures else ():
             if graph := self._graph(size):
-                for _ in range(2):
+                for _ in range(RUNS_TO_CAPTURE):
                     graph([[0]], [1])
+
+    def settled(self, num_rows: int) -> bool:
+        """Whether a forward of so many rows has nothing left to compile or to capture."""
+        graph = self._graphs.get(bucket(num_rows))
+        return not self._captures or (graph is not None and graph.num_runs >= RUNS_TO_CAPTURE)
 
     def _graph(self, num_rows: int) -> "_Graph | None":
         """The graph for so many rows; None: the model has none."""
@@ -126,8 +136,10 @@ class _Graph:
         ids = self._ids = torch.zeros(decoder.batch_size, dtype=torch.int64, device=runner.model.device)
         self._run = decoder.captured(lambda: decoder(ids).float())
         self.logits = torch.empty(0)
+        self.num_runs = 0
 
     def __call__(self, fed: Sequence[Sequence[int]], wanted: Sequence[int]) -> "_Graph":
+        self.num_runs += 1
         ids = self._decoder.filled(fed)
         self._ids[: len(ids)].copy_(to_device(ids, torch.int64, self._ids.device))
         self._runner.activate(len(fed))

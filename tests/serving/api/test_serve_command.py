@@ -86,8 +86,10 @@ def test_bytes(text: str, value: int) -> None:
     [
         (["--api-key-file", "missing"], "keys cannot be read"),
         (["--tls-cert", "a.pem"], "needs both"),
+        (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "a.pem: no such file"),
         (["--page-bytes", "x"], "no number of bytes"),
         (["--drain", "-1"], "drain_s must be 0 or above"),
+        (["--drain", "nan"], "drain_s must be 0 or above"),
         (["--host", "no.such.host.invalid"], "no address"),
         (["--chat-template", "missing.jinja"], "missing.jinja cannot be read"),
         (["--device", "abacus"], "is no device"),

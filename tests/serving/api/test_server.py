@@ -274,6 +274,9 @@ def test_an_address_in_use() -> None:
             bind("127.0.0.1", sock.getsockname()[1])
     with pytest.raises(UserError, match="no address"):
         bind("no.such.host.invalid", 1)
+    for port in (-1, 65536, 99999):
+        with pytest.raises(UserError, match=f"{port} is no port"):
+            bind("127.0.0.1", port)
 
 
 def test_drain_lets_replies_end_and_refuses_new_ones(start: Callable[..., Any], scripted: Any) -> None:

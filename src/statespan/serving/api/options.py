@@ -29,7 +29,7 @@ class ServerOptions:
         for name in ("body_timeout_s", "keep_alive_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"ServerOptions.{name} must be above 0, got {getattr(self, name)}")
-        if self.drain_s < 0:
+        if not self.drain_s >= 0:  # nor NaN
             raise UserError(f"ServerOptions.drain_s must be 0 or above, got {self.drain_s}")
         if not self.name or any(not key for key in self.api_keys):
             raise UserError("the model's name and API keys must not be empty")

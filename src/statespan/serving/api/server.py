@@ -17,6 +17,7 @@ from statespan.serving.api.app import create_app
 from statespan.serving.api.service import Service
 
 logger = logging.getLogger("statespan.serving")
+MOST_PORT = 65535
 
 
 class DrainingServer(uvicorn.Server):
@@ -51,8 +52,10 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the first address of `host`; port 0 takes a free one.
 
     Raises:
-        UserError: the address is in use or not this machine's.
+        UserError: no such port; the address is in use or not this machine's.
     """
+    if not 0 <= port <= MOST_PORT:  # the system would take it modulo 65,536
+        raise UserError(f"{port} is no port; choose a --port from 1 to {MOST_PORT}, or 0 for a free one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)  # asyncio sends small pieces at once only where TCP is named
@@ -85,7 +88,9 @@ def configure(service: Service, *, tls: tuple[Path, Path] | None = None) -> uvic
     try:
         config.load()
     except OSError as error:
-        raise UserError(f"the TLS certificate or key cannot be used: {error.strerror or error}") from None
+        raise UserError(
+            f"the TLS certificate {tls and tls[0]} or its key cannot be used: {error.strerror or error}"
+        ) from None
     return config
 
 
