@@ -203,7 +203,8 @@ def test_rows_are_averaged_over_seeds() -> None:
     assert table.spread(ROWS, "y", variant="a", x=1) == "3.0 (2.0 to 4.0)"
     assert table.spread(ROWS, "y", variant="a", x=2) == "8.0"
     line = table.line("a", ROWS, "x", "y", variant="a")
-    assert (line.x, line.y, line.low, line.high) == ([1, 2], [3.0, 8.0], [2.0, 8.0], [4.0, 8.0])
+    assert (line.x, line.y, line.seeds) == ([1, 2], [3.0, 8.0], [[2.0, 8.0], [4.0, None]])
+    assert table.line("a", ROWS[::2], "x", "y", variant="a").seeds == ()
 
 
 def test_figures_are_told_by_name() -> None:
@@ -233,9 +234,12 @@ def test_named_places_and_colours_of_a_picture(tmp_path: Path, monkeypatch: pyte
     """A label has one colour in all panels, and named points are not joined."""
     shown: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: shown.append(self))
-    a, b = Line("a", [0, 1], [1.0, 2.0]), Line("b", [0, 1], [3.0, 4.0])
+    a, b = Line("a", [0, 1], [1.0, 2.0], [[0.5, 2.0], [1.5, None]]), Line("b", [0, 1], [3.0, 4.0])
     draw(tmp_path / "x.png", [Plot("", "", "", [a, b]), Plot("", "", "", [b], names=("drop", "swap"))])
     first, second = shown[0].axes
-    assert first.lines[1].get_color() == second.lines[0].get_color() != first.lines[0].get_color()
+    mean, *seeds, other = first.lines
+    assert other.get_color() == second.lines[0].get_color() != mean.get_color() == seeds[0].get_color()
+    assert [list(line.get_ydata()) for line in seeds] == [[0.5, 2.0], [1.5, None]]
+    assert "each seed" in shown[0].get_supxlabel()
     assert (first.lines[0].get_linestyle(), second.lines[0].get_linestyle()) == ("-", "None")
     assert [tick.get_text() for tick in second.get_xticklabels()] == ["drop", "swap"]

@@ -19,7 +19,14 @@ def copying(
 ) -> TaskBatch:
     """Standard copying: the tokens stand at the beginning, so that each answer is a fixed time after its token.
 
-    A linear time-invariant model can learn it: a delay is a convolution. Arguments and rows as `selective_copying`.
+    A linear time-invariant model can learn it: a delay is a convolution.
+
+    Args:
+        As for `selective_copying`.
+    Returns:
+        Rows as there, with the tokens in the first places.
+    Raises:
+        UserError: sizes that leave no place or no token.
     """
     return _copying("copying", False, seed, batch_size, length, num_tokens, vocab_size, device)
 

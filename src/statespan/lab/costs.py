@@ -1,6 +1,6 @@
 """What RNN, Transformer, S4D and Mamba cost: training against length, a generated token against what came before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ VARIANTS = {
     "mamba": "Mamba-1",
     "mamba2": "Mamba-2",
 }
+Exponents = tuple[float | None, float | None, float | None]  # of training, of a generated token, of its state
 PUBLISHED = {  # work of training, a generated token, its memory; L the length, t the tokens so far
     "lstm": ("L, one after the other", "1", "1"),
     "transformer": ("L^2", "t", "t"),
@@ -150,84 +151,80 @@ def state_bytes(state: ModelState, context: int) -> float:
 def report(setting: CostsSetting, rows: Sequence[Row]) -> Findings:
     """Exponents of the last lengths beside the table's."""
     present = [variant for variant in VARIANTS if table.of(rows, variant=variant)]
-    cells: list[list[str | float | None]] = []
-    exponents: dict[str, tuple[float | None, float | None, float | None]] = {}
-    for variant in present:
-        mine = table.of(rows, variant=variant)
-        exponents[variant] = (
-            _total_exponent(mine),
-            _exponent(mine, "context", "ms_per_token"),
-            _exponent(mine, "context", "state_kib"),
-        )
-        told = [_told(value) for value in exponents[variant]]
-        size = f"{max(table.values(mine, 'parameters')):,}"
-        cells.append(
-            [VARIANTS[variant], size, *(x for pair in zip(told, PUBLISHED[variant], strict=True) for x in pair)]
-        )
+    exponents = {variant: _exponents(table.of(rows, variant=variant)) for variant in present}
+
+    def plot(title: str, x: str, y: str, x_field: str, y_field: str) -> Plot:
+        return Plot(title, x, y, table.lines(present, rows, x_field, y_field), log_x=True, log_y=True)
+
+    def by_length(field: str, y_field: str, lengths: Sequence[int]) -> list[list[str | float | None]]:
+        return [[f"{n:,}", *(table.mean_of(rows, y_field, variant=v, **{field: n}) for v in present)] for n in lengths]
+
+    return Findings(
+        _checks(exponents),
+        [
+            _table_of_exponents(rows, exponents),
+            Table(
+                "Training, microseconds a token",
+                ["tokens a row", *present],
+                by_length("length", "us_per_token", setting.lengths),
+                digits=2,
+            ),
+            Table(
+                f"Generating {setting.decode_rows} rows, milliseconds a step",
+                ["tokens before", *present],
+                by_length("context", "ms_per_token", setting.contexts),
+                digits=3,
+            ),
+        ],
+        [
+            plot("Training", "tokens a row", "microseconds a token", "length", "us_per_token"),
+            plot("Generating", "tokens before", "ms a step", "context", "ms_per_token"),
+            plot("State of a row", "tokens before", "KiB", "context", "state_kib"),
+        ],
+    )
+
+
+def _checks(exponents: Mapping[str, Exponents]) -> list[Check]:
     checks: list[Check] = []
     for text, index, limit in (
         ("memory of the state does not grow", 2, 0.05),
         ("training grows like the length (exponent below 1.3)", 0, 1.3),
     ):
-        for variant in present:
-            if variant != "transformer":
-                found = exponents[variant][index]
-                held = None if found is None else found < limit
-                checks.append(Check(f"{variant}: {text}", held, _told(found), PUBLISHED[variant][index]))
+        for variant in (variant for variant in exponents if variant != "transformer"):
+            found = exponents[variant][index]
+            held = None if found is None else found < limit
+            checks.append(Check(f"{variant}: {text}", held, _told(found), PUBLISHED[variant][index]))
     training, _, cache = exponents.get("transformer", (None, None, None))
     tokens = None if cache is None else 0.9 < cache < 1.1
-    checks.append(Check("transformer: the cache grows like the tokens (0.9 to 1.1)", tokens, _told(cache), "t"))
     faster = table.ordered(training, 1.1)
-    checks.append(Check("transformer: training grows faster than the length", faster, _told(training), "L^2"))
-    columns = [
-        "model",
-        "parameters",
-        "training ~ L^k: k",
-        "table",
-        "a token ~ t^k: k",
-        "table",
-        "state ~ t^k: k",
-        "table",
+    return [
+        *checks,
+        Check("transformer: the cache grows like the tokens (0.9 to 1.1)", tokens, _told(cache), "t"),
+        Check("transformer: training grows faster than the length", faster, _told(training), "L^2"),
     ]
-    timed = [
-        [f"{n:,}", *(table.mean_of(rows, "us_per_token", variant=v, length=n) for v in present)]
-        for n in setting.lengths
-    ]
-    generated = [
-        [f"{n:,}", *(table.mean_of(rows, "ms_per_token", variant=v, context=n) for v in present)]
-        for n in setting.contexts
-    ]
-    return Findings(
-        checks,
-        [
-            Table("Exponents, from the last three lengths", columns, cells),
-            Table("Training, microseconds a token", ["tokens a row", *present], timed, digits=2),
-            Table(
-                f"Generating {setting.decode_rows} rows, milliseconds a step", ["tokens before", *present], generated, 3
-            ),
-        ],
-        [
-            _plot("Training", "tokens a row", "microseconds a token", "length", "us_per_token", rows, present),
-            _plot("Generating", "tokens before", "ms a step", "context", "ms_per_token", rows, present),
-            _plot("State of a row", "tokens before", "KiB", "context", "state_kib", rows, present),
-        ],
-    )
 
 
-def _plot(title: str, x: str, y: str, x_field: str, y_field: str, rows: Sequence[Row], present: list[str]) -> Plot:
-    lines = [table.line(v, rows, x_field, y_field, variant=v) for v in present]
-    return Plot(title, x, y, lines, log_x=True, log_y=True)
+def _table_of_exponents(rows: Sequence[Row], exponents: Mapping[str, Exponents]) -> Table:
+    cells: list[list[str | float | None]] = []
+    for variant, found in exponents.items():
+        size = f"{max(table.values(rows, 'parameters', variant=variant)):,}"
+        beside = [text for pair in zip(map(_told, found), PUBLISHED[variant], strict=True) for text in pair]
+        cells.append([VARIANTS[variant], size, *beside])
+    exponent_columns = ("training ~ L^k: k", "a token ~ t^k: k", "state ~ t^k: k")
+    columns = ["model", "parameters", *(text for column in exponent_columns for text in (column, "table"))]
+    return Table("Exponents, from the last three lengths", columns, cells)
+
+
+def _exponents(rows: Sequence[Row]) -> Exponents:
+    """Of training a row, whose work is that of a token times the length, of a generated token, and of its state."""
+    a_token = _exponent(rows, "length", "us_per_token")
+    training = None if a_token is None else 1 + a_token
+    return training, _exponent(rows, "context", "ms_per_token"), _exponent(rows, "context", "state_kib")
 
 
 def _exponent(rows: Sequence[Row], x: str, y: str) -> float | None:
     curve = table.line("", rows, x, y)
     return table.slope(curve.x[-3:], [value for value in curve.y[-3:] if value is not None])
-
-
-def _total_exponent(rows: Sequence[Row]) -> float | None:
-    """Of the work of a row: that of a token grows with the exponent less one."""
-    a_token = _exponent(rows, "length", "us_per_token")
-    return None if a_token is None else 1 + a_token
 
 
 def _told(exponent: float | None) -> str:

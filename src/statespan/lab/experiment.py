@@ -39,13 +39,12 @@ def settings_by_change(kind: type[S], h100: Changes, cpu: Changes, tiny: Changes
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a picture; None is a gap. Several seeds show as their mean between the smallest and largest."""
+    """A curve of a picture; None is a gap. Several seeds show as their mean, and each one pale beside it."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
-    low: Sequence[float | None] = ()
-    high: Sequence[float | None] = ()
+    seeds: Sequence[Sequence[float | None]] = ()
     published: bool = False  # dashed
 
 

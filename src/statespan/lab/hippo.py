@@ -105,7 +105,7 @@ def report(setting: HippoSetting, rows: Sequence[Row]) -> Findings:
         ]
         for size in setting.state_sizes
     ]
-    lines = [table.line(measure, rows, "state_size", "error", variant=measure) for measure in VARIANTS]
+    lines = table.lines(VARIANTS, rows, "state_size", "error")
     errors = Plot("Relative error of the past", "N", "error", lines, log_x=True, log_y=True)
     title = "Relative L2 error, mean over the seeds"
     return Findings(checks, [Table(title, columns, cells, digits=4)], [errors, *_pictures(rows)])

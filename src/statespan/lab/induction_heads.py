@@ -123,72 +123,72 @@ def test(setting: InductionSetting, model: LanguageModel, length: int, seed: int
 def report(setting: InductionSetting, rows: Sequence[Row]) -> Findings:
     """Accuracy against length beside the published one."""
     present = [variant for variant in MODELS if table.of(rows, variant=variant)]
-    lengths = [2**exponent for exponent in setting.test_exponents]
+    lines = table.lines(present, rows, "length", "accuracy")
+    if 2 ** max(setting.test_exponents) > 4096:
+        for variant in (variant for variant in present if variant in PUBLISHED):
+            lengths = [2**i for i in EXPONENTS][: len(PUBLISHED[variant])]
+            lines.append(Line(variant, lengths, PUBLISHED[variant], published=True))
+    facts = [
+        [MODELS[v], table.mean_of(rows, "steps", variant=v), f"{max(table.values(rows, 'parameters', variant=v)):,}"]
+        for v in present
+    ]
+    return Findings(
+        [*_checks_of_mamba(setting, rows), *_checks_of_others(setting, rows, present)],
+        [_accuracies(setting, rows, present), Table("", ["model", "steps", "parameters"], facts, digits=0)],
+        [
+            Plot(f"Trained at {setting.length} tokens", "tokens", "right, %", lines, log_x=True),
+            Plot("Loss while training", "steps", "nats", table.lines(present, rows, "step", "loss")),
+        ],
+    )
 
-    def found(variant: str, least: int, most: int) -> list[float]:
-        """Accuracies at the lengths between, of all seeds."""
-        near = [table.values(rows, "accuracy", variant=variant, length=n) for n in lengths if least <= n <= most]
-        return [value for group in near for value in group]
 
-    longest, near = max(lengths), 4 * setting.length
-    checks: list[Check] = []
-    seeds = sorted({row["seed"] for row in table.of(rows, variant="mamba")})
+def _checks_of_mamba(setting: InductionSetting, rows: Sequence[Row]) -> Iterator[Check]:
+    near, longest = 4 * setting.length, 2 ** max(setting.test_exponents)
+    seeds = {row["seed"] for row in table.of(rows, variant="mamba")}
     for text, most in (
         (f"Mamba is right at every length up to {near:,}, with every seed of {len(seeds)}", near),
         (f"and up to {longest:,}", longest),
     ):
-        least = min(found("mamba", 1, most), default=None)
-        ours = table.told({"least": least}, 0)
-        checks.append(Check(text, None if least is None else least >= 99, ours, "100", LATE))
-    far = 8 * setting.length
+        least = min(_between(setting, rows, "mamba", 1, most), default=None)
+        yield Check(text, None if least is None else least >= 99, table.told({"least": least}, 0), "100", LATE)
+
+
+def _checks_of_others(setting: InductionSetting, rows: Sequence[Row], present: Sequence[str]) -> Iterator[Check]:
+    far, longest = 8 * setting.length, 2 ** max(setting.test_exponents)
     for variant in ("attention_rope", "attention_learned", "s4d_in_mamba", "h3", "lstm"):
         if variant in present:
-            most = max(found(variant, far, longest), default=None)
-            published = f"{PUBLISHED[variant][5]:g} at 2^11" if variant in PUBLISHED else ""
-            checks.append(
-                Check(
-                    f"{variant} is below 60% at {far:,} tokens or more",
-                    None if most is None else most < 60,
-                    table.told({"most": most}, 0),
-                    published,
-                )
+            most = max(_between(setting, rows, variant, far, longest), default=None)
+            yield Check(
+                f"{variant} is below 60% at {far:,} tokens or more",
+                None if most is None else most < 60,
+                table.told({"most": most}, 0),
+                f"{PUBLISHED[variant][5]:g} at 2^11" if variant in PUBLISHED else "",
             )
-    cells: list[list[str | float | None]] = [
-        [
-            f"mamba, seed {seed}",
-            *(table.spread(rows, "accuracy", 0, variant="mamba", length=n, seed=seed) for n in lengths),
-        ]
-        for seed in (seeds if len(seeds) > 1 else ())
-    ]
+
+
+def _between(setting: InductionSetting, rows: Sequence[Row], variant: str, least: int, most: int) -> list[float]:
+    """Accuracies at the lengths from `least` to `most`, of all seeds."""
+    lengths = (2**exponent for exponent in setting.test_exponents)
+    near = [table.values(rows, "accuracy", variant=variant, length=n) for n in lengths if least <= n <= most]
+    return [value for group in near for value in group]
+
+
+def _accuracies(setting: InductionSetting, rows: Sequence[Row], present: Sequence[str]) -> Table:
+    """Each seed of Mamba, then each model, each beside what was published."""
+    lengths = [2**exponent for exponent in setting.test_exponents]
+    seeds = sorted({row["seed"] for row in table.of(rows, variant="mamba")})
+    cells: list[list[str | float | None]] = []
+    for seed in seeds if len(seeds) > 1 else ():
+        told = [table.spread(rows, "accuracy", 0, variant="mamba", length=n, seed=seed) for n in lengths]
+        cells.append([f"mamba, seed {seed}", *told])
     for variant in present:
         told = [table.spread(rows, "accuracy", 0, variant=variant, length=length) for length in lengths]
         cells.append([variant, *(text or "-" for text in told)])
         if variant in PUBLISHED:
             by_length = dict(zip((2**i for i in EXPONENTS), PUBLISHED[variant], strict=False))
             cells.append([f"{variant}, published", *(by_length.get(length) for length in lengths)])
-    names = ["model", *(f"2^{exponent}" for exponent in setting.test_exponents)]
-    lines = [table.line(variant, rows, "length", "accuracy", variant=variant) for variant in present]
-    lines += [
-        Line(variant, [2**i for i in EXPONENTS][: len(PUBLISHED[variant])], PUBLISHED[variant], published=True)
-        for variant in present
-        if variant in PUBLISHED and longest > 4096
-    ]
-    losses = [table.line(variant, rows, "step", "loss", variant=variant) for variant in present]
-    facts = [
-        [MODELS[v], table.mean_of(rows, "steps", variant=v), f"{max(table.values(rows, 'parameters', variant=v)):,}"]
-        for v in present
-    ]
-    return Findings(
-        checks,
-        [
-            Table(f"Right answers in percent, trained at {setting.length}: mean (range over the seeds)", names, cells),
-            Table("", ["model", "steps", "parameters"], facts, digits=0),
-        ],
-        [
-            Plot(f"Trained at {setting.length} tokens", "tokens", "right, %", lines, log_x=True),
-            Plot("Loss while training", "steps", "nats", losses),
-        ],
-    )
+    title = f"Right answers in percent, trained at {setting.length}: mean (range over the seeds)"
+    return Table(title, ["model", *(f"2^{exponent}" for exponent in setting.test_exponents)], cells)
 
 
 NAMES = ("mamba", "attention_rope", "s4d_in_mamba", "attention_learned", "h3", "hybrid", "mamba2", "lstm", "attention")

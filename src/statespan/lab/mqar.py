@@ -132,8 +132,8 @@ def report(setting: MqarSetting, rows: Sequence[Row]) -> Findings:
     ]
     title = f"Right values in percent, {setting.length} tokens, width {setting.hidden_size}"
     columns = ["model", *(f"{count} pairs" for count in setting.num_pairs)]
-    lines = [table.line(v, rows, "num_pairs", "accuracy", variant=v) for v in present]
-    curves = [table.line(v, rows, "step", "looked", variant=v) for v in present]
+    lines = table.lines(present, rows, "num_pairs", "accuracy")
+    curves = table.lines(present, rows, "step", "looked")
     return Findings(
         checks,
         [Table(title, columns, cells)],

@@ -45,7 +45,10 @@ def _section(experiment: Experiment[Any], name: str, units: list[Unit], folder: 
     parts = [f"## {_place(name, units)}\n", _checks(findings.checks)]
     if name in experiment.notes:
         parts.append(f"{experiment.notes[name]}\n")
-    parts += [f"![{experiment.title}]({picture})\n", *(_table(table) for table in findings.tables)]
+    ran = {unit.variant for unit in units}
+    names = "; ".join(f"`{variant}`: {what}" for variant, what in experiment.variants.items() if variant in ran)
+    parts += [f"![{experiment.title}]({picture})\n", f"Names: {names}.\n"]
+    parts += [_table(table) for table in findings.tables]
     parts.append(_provenance(experiment.settings[name], units))
     return "\n".join(parts)
 

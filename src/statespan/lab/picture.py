@@ -6,7 +6,7 @@ from typing import Any
 
 from statespan.lab.experiment import Line, Plot
 
-PANEL = (5.4, 3.9)  # inches
+PANEL = (6.2, 3.9)  # inches, the legend included
 COLORS = (
     "#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7f8c",
     "#bf3989", "#57606a", "#e16f24", "#24292f", "#79c0ff", "#a2c23a",
@@ -26,6 +26,8 @@ def draw(path: Path, plots: Sequence[Plot]) -> None:
     colors = {label: COLORS[index % len(COLORS)] for index, label in enumerate(labels)}  # the same in all panels
     for index, plot in enumerate(plots):
         _panel(figure.add_subplot(rows, columns, index + 1), plot, colors)
+    if any(line.seeds for plot in plots for line in plot.lines):
+        figure.supxlabel("pale: each seed, strong: their mean", fontsize=8, x=0.99, ha="right")
     figure.savefig(path, format="png")
 
 
@@ -48,7 +50,7 @@ def _panel(axes: Any, plot: Plot, colors: Mapping[str, str]) -> None:
     axes.set_ylabel(plot.y_label)
     axes.grid(alpha=0.3)
     if plot.lines:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
 
 
 def _curve(axes: Any, line: Line, color: str) -> None:
@@ -57,7 +59,5 @@ def _curve(axes: Any, line: Line, color: str) -> None:
     style, marker = ("--", None) if line.published else ("-", "o" if len(x) <= 40 else None)
     label = f"{line.label}, published" if line.published else line.label
     axes.plot(x, y, style, color=color, linewidth=1.3, marker=marker, markersize=3, label=label)
-    if line.low:
-        axes.fill_between(
-            x, [line.low[i] for i in places], [line.high[i] for i in places], color=color, alpha=0.15, linewidth=0
-        )
+    for values in line.seeds:
+        axes.plot(x, [values[i] for i in places], color=color, linewidth=0.8, alpha=0.35)

@@ -117,89 +117,65 @@ def report(setting: RetrievalSetting, rows: Sequence[Row]) -> Findings:
     """Right numbers against the size of the book and the text."""
     present = [variant for variant in VARIANTS if table.of(rows, variant=variant)]
     books, texts = table.of(rows, task="phonebook"), table.of(rows, task="needle")
+    right = "right digits, %"
+    return Findings(
+        _checks(setting, books, texts),
+        _tables(setting, books, texts, present),
+        [
+            Plot("Phonebook", "entries", right, table.lines(present, books, "entries", "digits"), log_x=True),
+            Plot("Needle", "bytes", right, table.lines(present, texts, "bytes", "digits"), log_x=True),
+            Plot("Loss while training", "steps", "nats", table.lines(present, rows, "step", "loss")),
+        ],
+    )
 
-    def holds(variant: str) -> float | None:
-        """Right digits, mean over the books: larger the later the model breaks."""
-        return table.mean_of(books, "digits", variant=variant)
 
-    def beyond(variant: str, task: list[Row], trained: int) -> float | None:
-        return table.mean([row["digits"] for row in table.of(task, variant=variant) if row["bytes"] > trained])
-
-    trained = max(setting.num_entries) * ENTRY_LENGTH
+def _checks(setting: RetrievalSetting, books: Sequence[Row], texts: Sequence[Row]) -> list[Check]:
+    # Right digits, mean over the books: larger the later the model breaks.
+    hybrid, second, first = (table.mean_of(books, "digits", variant=v) for v in ("hybrid", "mamba2", "mamba"))
     checks = [
         Check(
             "phonebook: the hybrid above Mamba-2, over all books",
-            table.ordered(holds("hybrid"), holds("mamba2")),
-            table.told({name: holds(name) for name in ("hybrid", "mamba2")}, 0),
+            table.ordered(hybrid, second),
+            table.told({"hybrid": hybrid, "mamba2": second}, 0),
         ),
         Check(
             "phonebook: Mamba-2 above Mamba-1",
-            table.ordered(holds("mamba2"), holds("mamba")),
-            table.told({name: holds(name) for name in ("mamba2", "mamba")}, 0),
+            table.ordered(second, first),
+            table.told({"mamba2": second, "mamba": first}, 0),
         ),
     ]
-    for name, task, most in (("phonebook", books, trained), ("needle", texts, setting.haystack)):
-        hybrid, attention = (beyond(variant, task, most) for variant in ("hybrid", "attention"))
-        checks.append(
-            Check(
-                f"{name}: past the length of training the hybrid above attention with RoPE",
-                table.ordered(hybrid, attention),
-                table.told({"hybrid": hybrid, "attention": attention}, 0),
-            )
-        )
-    book_cells = [
-        [VARIANTS[v], *(both(books, variant=v, entries=count) for count in setting.test_entries)] for v in present
-    ]
-    text_cells = [
-        [VARIANTS[v], *(both(texts, variant=v, bytes=length) for length in setting.test_haystacks)] for v in present
-    ]
+    longest_book = max(setting.num_entries) * ENTRY_LENGTH
+    for name, task, trained in (("phonebook", books, longest_book), ("needle", texts, setting.haystack)):
+        longer = [row for row in task if row["bytes"] > trained]
+        hybrid, attention = (table.mean_of(longer, "digits", variant=v) for v in ("hybrid", "attention"))
+        text = f"{name}: past the length of training the hybrid above attention with RoPE"
+        told = table.told({"hybrid": hybrid, "attention": attention}, 0)
+        checks.append(Check(text, table.ordered(hybrid, attention), told))
+    return checks
+
+
+def _tables(
+    setting: RetrievalSetting, books: Sequence[Row], texts: Sequence[Row], present: Sequence[str]
+) -> list[Table]:
     longest = max(setting.test_haystacks)
-    depth_cells = [
-        [VARIANTS[v], *(both(texts, variant=v, bytes=longest, depth=depth) for depth in setting.depths)]
-        for v in present
+    entries, lengths, depths = setting.test_entries, setting.test_haystacks, setting.depths
+    return [
+        Table(
+            f"Phonebook: right numbers (digits) in percent; trained with up to {max(setting.num_entries)} entries",
+            ["model", *(f"{count} entries" for count in entries)],
+            [[VARIANTS[v], *(both(books, variant=v, entries=count) for count in entries)] for v in present],
+        ),
+        Table(
+            f"Needle: right numbers (digits) in percent, mean over depths; trained at {setting.haystack:,} bytes",
+            ["model", *(f"{length:,} bytes" for length in lengths)],
+            [[VARIANTS[v], *(both(texts, variant=v, bytes=length) for length in lengths)] for v in present],
+        ),
+        Table(
+            f"Needle at {longest:,} bytes, by depth",
+            ["model", *(f"{depth:g}" for depth in depths)],
+            [[VARIANTS[v], *(both(texts, variant=v, bytes=longest, depth=d) for d in depths)] for v in present],
+        ),
     ]
-    return Findings(
-        checks,
-        [
-            Table(
-                f"Phonebook: right numbers (digits) in percent; trained with up to {max(setting.num_entries)} entries",
-                ["model", *(f"{count} entries" for count in setting.test_entries)],
-                book_cells,
-            ),
-            Table(
-                f"Needle: right numbers (digits) in percent, mean over depths; trained at {setting.haystack:,} bytes",
-                ["model", *(f"{length:,} bytes" for length in setting.test_haystacks)],
-                text_cells,
-            ),
-            Table(
-                f"Needle at {longest:,} bytes, by depth",
-                ["model", *(f"{depth:g}" for depth in setting.depths)],
-                depth_cells,
-            ),
-        ],
-        [
-            Plot(
-                "Phonebook",
-                "entries",
-                "right digits, %",
-                [table.line(v, books, "entries", "digits", variant=v) for v in present],
-                log_x=True,
-            ),
-            Plot(
-                "Needle",
-                "bytes",
-                "right digits, %",
-                [table.line(v, texts, "bytes", "digits", variant=v) for v in present],
-                log_x=True,
-            ),
-            Plot(
-                "Loss while training",
-                "steps",
-                "nats",
-                [table.line(v, rows, "step", "loss", variant=v) for v in present],
-            ),
-        ],
-    )
 
 
 def both(rows: Sequence[Row], **fields: object) -> str | None:

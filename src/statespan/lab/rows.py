@@ -1,6 +1,6 @@
 """Rows grouped and averaged: what most reports do with them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from statespan.lab.experiment import Line, Row
 
@@ -40,18 +40,21 @@ def told(figures: Mapping[str, float | str | None], digits: int = 1) -> str:
     return ", ".join(f"{name} {figure}" for name, figure in cells.items())
 
 
-def line(label: str, rows: Sequence[Row], x: str, y: str, published: bool = False, **fields: object) -> Line:
-    """A curve of field `y` over field `x`: mean, smallest and largest over the seeds."""
+def line(label: str, rows: Sequence[Row], x: str, y: str, **fields: object) -> Line:
+    """A curve of field `y` over field `x`: the mean over the seeds, and each seed's own."""
     chosen = [row for row in of(rows, **fields) if row.get(y) is not None]
     xs = sorted({row[x] for row in chosen})
-    groups = [values(chosen, y, **{x: place}) for place in xs]
 
-    def over(reduce: Callable[[list[float]], float]) -> list[float | None]:
-        return [reduce(group) for group in groups]
+    def curve(**seed: int) -> list[float | None]:
+        return [mean_of(chosen, y, **{x: place}, **seed) for place in xs]
 
-    several = any(len(group) > 1 for group in groups)
-    low, high = (over(min), over(max)) if several else ((), ())
-    return Line(label, xs, over(lambda group: sum(group) / len(group)), low, high, published)
+    seeds = sorted({row["seed"] for row in chosen if "seed" in row})
+    return Line(label, xs, curve(), [curve(seed=seed) for seed in seeds] if len(seeds) > 1 else ())
+
+
+def lines(variants: Iterable[str], rows: Sequence[Row], x: str, y: str, **fields: object) -> list[Line]:
+    """A `line` for each variant."""
+    return [line(variant, rows, x, y, variant=variant, **fields) for variant in variants]
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:

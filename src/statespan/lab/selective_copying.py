@@ -133,7 +133,7 @@ def report(setting: SelectiveCopyingSetting, rows: Sequence[Row]) -> Findings:
                 "s6 97.0, h3_s6 99.7, s4_in_mamba 56.4",
             )
         )
-    lines = [table.line(variant, rows, "step", "accuracy", variant=variant) for variant in present]
+    lines = table.lines(present, rows, "step", "accuracy")
     columns = ["model", "right tokens, %", "published, %", "steps", "parameters"]
     title = f"{setting.num_tokens} tokens in {setting.length:,} places; published: 16 in 4,096, 400,000 steps"
     return Findings(

@@ -41,7 +41,7 @@ class HeldOut:
 
     def plots(self, base: str) -> list[Plot]:
         """The curves of training, and how far each variant is above `base` on the same rows."""
-        curves = [table.line(v, self._rows, "step", "bits_per_byte", variant=v) for v in self.present]
+        curves = table.lines(self.present, self._rows, "step", "bits_per_byte")
         plots = [Plot("Training text", "steps", "bits per byte", curves)]
         gaps = [self._gap(variant, base) for variant in self.present if variant != base]
         if any(gap.x for gap in gaps):
@@ -64,5 +64,5 @@ class HeldOut:
             for first in range(len(steps) - SMOOTHED + 1):
                 near = steps[first : first + SMOOTHED]
                 gap = sum(mine[step] - other[step] for step in near) / SMOOTHED
-                found.append({"step": near[SMOOTHED // 2], "gap": gap})
+                found.append({"seed": seed, "step": near[SMOOTHED // 2], "gap": gap})
         return table.line(variant, found, "step", "gap")

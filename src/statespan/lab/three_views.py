@@ -165,7 +165,7 @@ def report(setting: ThreeViewsSetting, rows: Sequence[Row]) -> Findings:
 
 
 def _plot(title: str, y_label: str, field: str, rows: Sequence[Row]) -> Plot:
-    lines = [table.line(variant, rows, "length", field, variant=variant) for variant in VARIANTS]
+    lines = table.lines(VARIANTS, rows, "length", field)
     return Plot(title, "tokens", y_label, lines, log_x=True, log_y=True)
 
 
