@@ -7,13 +7,18 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .PHONY: demo test gpu-test check format clean triton-releases sanitize
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.package
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed
+# The package alone: the tools of development take as long again to install.
+demo: $(VENV)/.package
 	$(BIN)/statespan demo
 
 test: $(VENV)/.installed

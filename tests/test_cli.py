@@ -68,6 +68,11 @@ def shell(*argv: str, **options: object) -> subprocess.CompletedProcess[str]:
 # Help and names
 
 
+def test_the_package_runs_as_a_program() -> None:
+    run = subprocess.run([sys.executable, "-m", "statespan", "--version"], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, f"statespan {statespan.__version__}\n"), run.stderr
+
+
 def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--help"], ["-h"]):
         out = works(capsys, *words)
@@ -106,7 +111,12 @@ def test_help_ends_in_an_example_that_names_the_command(name: str, capsys: pytes
             ["tune", "--device", "cpu"],
             "nothing to tune on cpu: the triton backend cannot run, it runs on NVIDIA and AMD",
         ),
+        (["tune", "--device", "cuda:99"], "; tuning needs a GPU"),
         (["backends", "--device", "gpu"], "'gpu' is no device; write cpu, cuda, cuda:1 or mps"),
+        (["lab", "--frobnicate"], "unknown option of statespan lab: '--frobnicate'; known: --dry-run, "),
+        (["inspect", "folder/model"], "folder/model does not exist; give a preset's name or the folder of"),
+        (["demo", "--prompt", ""], "the prompt is empty; give at least one letter with --prompt"),
+        (["demo", "--files", "1"], "1 file leaves nothing to train on, since one is held out; take at least 2"),
     ],
 )
 def test_unknown_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +213,7 @@ def test_generate_refuses_stdin_that_is_not_utf8(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "-1"], "temperature must be 0 or above, got -1.0"),
+        (["--temperature", "-1"], "temperature must be finite and at least 0, got -1.0"),
         (["--top-p", "1.5"], "top_p must be above 0 and at most 1, got 1.5"),
         (["--max-new-tokens", "-3"], "max_new_tokens must be at least 0, got -3"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
@@ -213,6 +223,16 @@ def test_generate_refuses_bad_options(
     words: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in fails(capsys, "generate", str(checkpoint), "x", *words)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
+def test_generate_says_that_there_is_no_mps(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "generate", str(checkpoint), "x", "--device", "mps")
+    assert said == "device 'mps' cannot be used here: this machine or this PyTorch has no MPS; try cpu"
+
+
+def test_generate_checks_its_options_before_it_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "top_k must be at least 1" in fails(capsys, "generate", str(tmp_path / "none"), "x", "--top-k", "0")
 
 
 def test_generate_speculates_and_says_the_same(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,6 +438,14 @@ def test_without_memory_a_line_says_what_to_do(
     for command, advice in {"train": "run.accumulation_steps=2", "serve": "--cache-bytes", "demo": "smaller"}.items():
         said = fails(capsys, command)
         assert said.startswith(start) and advice in said
+
+
+def test_a_size_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(words: tuple[str, ...]) -> None:
+        torch.empty(1 << 32, 1 << 32, device="meta")
+
+    monkeypatch.setattr("statespan.cli.dispatch", run)
+    assert "the computer is out of memory; " in fails(capsys, "generate")
 
 
 def test_other_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

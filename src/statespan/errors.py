@@ -13,8 +13,9 @@ class UnknownName(UserError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         options = sorted(known)
-        near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(options)
+        bare = {option.lstrip("-"): option for option in options}  # dashes alone make no option a near one
+        near = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.5)
+        hint = f"did you mean {bare[near[0]]!r}?" if near else "known: " + ", ".join(options)
         super().__init__(f"unknown {kind}: {name!r}; {hint}")
 
 

@@ -1,6 +1,7 @@
 """A checkpoint is replaced whole or not at all: full disks, dying processes, stale files."""
 
 import errno
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -71,6 +72,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, new: LanguageModel,
         save(new, folder, max_shard_bytes=SHARD)
     assert "\n" not in str(caught.value)
     assert_holds(folder, before, len(list(folder.glob("*.safetensors"))))
+
+
+def test_weights_may_be_read_by_whom_other_new_files_may(tmp_path: Path, new: LanguageModel) -> None:
+    """safetensors gives its files to their owner alone; a server run by another user could not read them."""
+    mask = os.umask(0o027)
+    try:
+        save(new, tmp_path / "saved")
+    finally:
+        os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "saved").iterdir()} == {0o640}
 
 
 def test_a_write_that_the_system_refuses(folder: Path, new: LanguageModel) -> None:

@@ -63,6 +63,15 @@ def test_file_tokenizer_reads_ids_from_its_settings(folder: Path) -> None:
     assert tokenizer.decode([0, 2, 3, 1]) == "the cat"
 
 
+def test_texts_are_encoded_whole_whatever_the_file_asks_for(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    word_tokenizer.enable_truncation(3)
+    word_tokenizer.enable_padding(length=6)
+    word_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FileTokenizer.from_file(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("the cat the cat") == [0, 2, 3, 2, 3]
+    assert tokenizer.encode("cat") == [0, 3]
+
+
 def test_without_settings_there_are_no_ids(folder: Path) -> None:
     tokenizer = FileTokenizer.from_file(folder / "tokenizer.json")
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, ())

@@ -56,10 +56,14 @@ def test_a_users_own_recipe(tmp_path: Path):
         "    return load_recipe('mambabyte_tiny_cpu').override([f'model.hidden_size={SIZE}'])\n"
         "def number():\n"
         "    return 3\n"
+        "def sized(size):\n"
+        "    return small()\n"
     )
     assert load_recipe(f"{path}:small").model.hidden_size == 24
     with pytest.raises(UserError, match=r"my_runs\.py:number returns int; a recipe returns a TrainingConfig"):
         load_recipe(f"{path}:number")
+    with pytest.raises(UserError, match=r"my_runs\.py:sized: missing a required argument: 'size'; a recipe is called"):
+        load_recipe(f"{path}:sized")
     with pytest.raises(UnknownName, match=r"function in .*my_runs\.py:? 'smal'; did you mean 'small'"):
         load_recipe(f"{path}:smal")
     with pytest.raises(UserError, match=r"say which function of the file"):

@@ -40,6 +40,10 @@ OWNED = re.compile(
 def detect(path: str | Path) -> str:
     """The format of a checkpoint: statespan, mamba, mamba2, jamba, mixtral, llama, mistral, state-spaces or blackmamba.
 
+    Args:
+        path: the checkpoint's folder.
+    Returns:
+        The name; no weights are read.
     Raises:
         CheckpointError: there is no checkpoint, or its format is not known.
     """
@@ -146,13 +150,18 @@ def save(
                 model.tokenizer.save(staging)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {directory}: {error}; make room or choose another folder; what was there is whole"
+            f"cannot write {directory}: {error.strerror or error}; make room or choose another folder; "
+            "what was there is whole"
         ) from error
 
 
 def convert(source: str | Path, target: str | Path, format: Format = "statespan") -> None:
     """Read a checkpoint of any format and write it to `target` in another.
 
+    Args:
+        source: the folder of a checkpoint of any format.
+        target: a folder; a checkpoint that is there is replaced whole or not at all.
+        format: as in `save`.
     Raises:
         CheckpointError: as in `load` and `save`.
 

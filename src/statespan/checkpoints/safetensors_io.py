@@ -53,7 +53,10 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def _write(tensors: dict[str, Tensor], file: Path) -> None:
     checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
     metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums)}
+    file.touch()
+    permissions = file.stat().st_mode  # what new files have here; safetensors lets nobody else read what it writes
     try:
         safetensors.torch.save_file(tensors, file, metadata)
+        file.chmod(permissions)
     except safetensors.SafetensorError as error:  # its way to say that the disk is full
         raise OSError(str(error)) from None

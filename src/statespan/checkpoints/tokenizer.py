@@ -83,6 +83,8 @@ class FileTokenizer:
     ) -> "FileTokenizer":
         """Read tokenizer.json; ids that are not given come from the tokenizer_config.json beside it.
 
+        Truncation and padding that the file asks for are left out: texts are encoded whole.
+
         Raises:
             CheckpointError: the file is missing or is no tokenizer.
 
@@ -97,6 +99,8 @@ class FileTokenizer:
             backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{file} is no tokenizer that the tokenizers library reads: {error}") from None
+        backend.no_truncation()  # the file may have some set, for whoever made it
+        backend.no_padding()
         settings = read_json(file.parent / SETTINGS) if (file.parent / SETTINGS).exists() else {}
         template = file.parent / TEMPLATE
         chat_template = template.read_text(encoding="utf-8", errors="replace") if template.exists() else None
@@ -135,4 +139,9 @@ def find_tokenizer(directory: Path, config: ModelConfig) -> ByteTokenizer | File
     """The tokenizer of a checkpoint: its tokenizer.json, bytes for a vocabulary of 256, otherwise None."""
     if (directory / FILE).exists():
         return FileTokenizer.from_file(directory / FILE, bos_id=config.bos_token_id, eos_ids=config.eos_token_ids)
+    return byte_tokenizer(config)
+
+
+def byte_tokenizer(config: ModelConfig) -> ByteTokenizer | None:
+    """Bytes for a vocabulary of 256, otherwise None: such a model needs no files to read text."""
     return ByteTokenizer() if config.vocab_size == BYTE_VOCABULARY else None

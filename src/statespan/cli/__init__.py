@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        return complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        return complain(f"{error.filename or 'the output'}: {error.strerror or error}")
     except RuntimeError as error:
         if (line := out_of_memory(error, *words[:1])) is None:
             raise

@@ -94,6 +94,8 @@ def usable_device(name: str) -> "torch.device":
     except RuntimeError:
         raise UserError(f"{name!r} is no device; write cpu, cuda, cuda:1 or mps") from None
     try:
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise RuntimeError("this machine or this PyTorch has no MPS")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "Rewrite a checkpoint in another format. The format of SOURCE is found out.",
-    "statespan convert demo-output/checkpoint jamba-transformers --format transformers",
+    "statespan convert runs/book book-transformers --format transformers",
     add_arguments,
     run,
 )

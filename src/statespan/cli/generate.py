@@ -41,11 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
     import statespan
 
     prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
-    path = checkpoint_path(arguments.model)
+    options, path = _options(arguments), checkpoint_path(arguments.model)
     device, dtype = usable_device(arguments.device), _dtype(arguments.dtype)
     model = statespan.load(path, device=device, dtype=dtype, quantize=arguments.quantize)
     speculation = _speculation(arguments, model)
-    events = statespan.generate_stream(model, prompt, speculation=speculation, **_options(arguments))
+    events = statespan.generate_stream(model, prompt, speculation=speculation, **options)
     start, first, count = time.perf_counter(), 0.0, 0
     try:
         for event in events:
@@ -78,11 +78,15 @@ def _speculation(arguments: argparse.Namespace, model: "LanguageModel") -> "Spec
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that are options of generation, under the same names."""
+    """The arguments that are options of generation, under the same names, checked before a model is loaded."""
     from statespan.generation.options import GenerationOptions
 
     given = vars(arguments) | {"stop": tuple(arguments.stop)}
-    return {field.name: given[field.name] for field in fields(GenerationOptions) if field.name in given}
+    options: dict[str, Any] = {
+        field.name: given[field.name] for field in fields(GenerationOptions) if field.name in given
+    }
+    GenerationOptions(**options)
+    return options
 
 
 def _dtype(name: str | None) -> Any:

@@ -124,6 +124,8 @@ def _config(name: str) -> "ModelConfig":
     if name in PRESETS:
         return preset(name)
     if not Path(name).exists():
+        if Path(name).name != name:
+            raise UserError(f"{name} does not exist; give a preset's name or the folder of a checkpoint")
         raise UnknownName("preset or checkpoint", name, PRESETS)
     return identify(checkpoint_path(name)).read_config()
 

@@ -15,7 +15,7 @@ LESS = {
 def out_of_memory(error: RuntimeError, command: str = "") -> str | None:
     """The line for what PyTorch or a driver raised; None for another error."""
     text = str(error)
-    on_host = "DefaultCPUAllocator" in text
+    on_host = "DefaultCPUAllocator" in text or "Storage size calculation overflowed" in text
     if not (on_host or "out of memory" in text.lower()):
         return None
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)

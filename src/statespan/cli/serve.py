@@ -149,7 +149,7 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
     """API keys: of a file, one a line, or of the environment. Never of the command line, which all processes can read.
 
     Raises:
-        UserError: the file cannot be read, others may read it, or it has no key.
+        UserError: the file cannot be read, or has no key. That others may read it is said on stderr.
     """
     if file is None:
         return tuple(key for part in os.environ.get(KEYS, "").split(",") if (key := part.strip()))
@@ -171,6 +171,9 @@ def tls_files(arguments: argparse.Namespace) -> tuple[Path, Path] | None:
     cert, key = arguments.tls_cert, arguments.tls_key
     if (cert is None) != (key is None):
         raise UserError("TLS needs both --tls-cert and --tls-key")
+    for file in filter(None, (cert, key)):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; give the PEM files of the certificate and its key")
     return None if cert is None else (cert, key)
 
 

@@ -49,8 +49,11 @@ def split_sources(seed: int, root: Path | None = None, max_files: int | None = N
         root: folder to search instead of the interpreter's own.
         max_files: take this many files, drawn with the seed; None: all.
     Raises:
-        DataError: fewer than two source files there (some interpreters carry their library compiled or zipped).
+        DataError: fewer than two source files there (some interpreters carry their library compiled or zipped), or
+            fewer than two asked for.
     """
+    if max_files is not None and max_files < 2:
+        raise DataError(f"{max_files} file leaves nothing to train on, since one is held out; take at least 2")
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     files = python_sources(root)
     if len(files) < 2:

@@ -111,8 +111,8 @@ state through the file, and pays -log2 of the probability it gave to each byte; 
 gzip and xz compress all held-out files in one stream, so they may look back into earlier files; that favours them.
 The model's weights are not counted, nor are the programs gzip and xz.
 Text: the running Python's standard library, {escape(EXCLUSIONS)}.</small></p>
-<h2>Configuration</h2>
-<pre>{escape(_compact(result.config))}</pre>
+<details><summary>Configuration</summary>
+<pre>{escape(_compact(result.config))}</pre></details>
 </body></html>
 """
 

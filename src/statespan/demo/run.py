@@ -37,11 +37,13 @@ def run_demo(options: DemoOptions) -> DemoResult:
     """Run the demo and leave corpus, run, checkpoint, picture, numbers and report in `options.output`.
 
     Raises:
-        UserError: the output folder holds something else, or cannot be used.
+        UserError: the prompt is empty; the output folder holds something else, or cannot be used.
         KeyboardInterrupt: after Ctrl-C in training; the run is saved first.
     """
-    _prepare_folder(options.output)
+    if not options.prompt:
+        raise UserError("the prompt is empty; give at least one letter with --prompt")
     split = split_sources(options.seed, max_files=options.max_files)
+    _prepare_folder(options.output)
     split.copy_to(options.output / "corpus")
     sizes = compress(split.held_out_bytes())
     print(f"text      {len(split.train)} files of {split.root}, {EXCLUSIONS};")

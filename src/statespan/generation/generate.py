@@ -78,13 +78,14 @@ def generate(
             model's BOS token.
         state: Where to go on: an earlier Generation's `.state`, or the `.state` of a forward. One row serves all
             prompts. It is not changed.
-        tokenizer: Instead of `model.tokenizer`.
+        tokenizer: Instead of `model.tokenizer`; a model of 256 tokens that has none reads and writes bytes.
         attention_mask: [b t], with a [b t] tensor of ids; 0 marks padding.
         speculation: Drafter and limits of speculative decoding (docs/speculation.md); the texts stay what they are.
         **options: Fields of GenerationOptions:
             max_new_tokens: Default 128; 0 only prefills.
-            temperature, top_k, top_p, min_p, repetition_penalty: See Sampling, whose order they run in. The penalty
-                counts the tokens of this call: the prompt and what follows it.
+            temperature, top_k, top_p, min_p: See Sampling, whose order they run in.
+            repetition_penalty, frequency_penalty, presence_penalty: The same. The first counts all tokens of this call,
+                the prompt and what follows it, the others what follows.
             stop, stop_token_ids, ignore_eos: A string or strings that end the text (they are left out of it), token
                 ids that do, and whether to go on after the model's end tokens.
             seed: Of the first prompt; the prompt at index i takes seed + i. Default: from torch's global generator.
@@ -125,6 +126,13 @@ def generate_stream(
     The texts of a prompt's events, joined, are `Generation.text`: characters come whole, and the beginning of a stop
     string is held back until it is certain that it is none. Mistakes in the arguments raise at once, not at the first
     token.
+
+    Args:
+        As for `generate`.
+    Yields:
+        A StreamEvent a token, prompt by prompt as they come; each prompt's last one has a finish_reason.
+    Raises:
+        UserError: as `generate`.
 
     Example:
         >>> import statespan

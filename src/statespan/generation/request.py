@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from statespan.errors import UserError
-from statespan.generation.batch import DecodeBatch, absorb
+from statespan.generation.batch import DecodeBatch
 from statespan.generation.options import GenerationOptions
+from statespan.generation.prefill import absorb
 from statespan.generation.prompts import Prompt, Prompts, read_prompts
 from statespan.generation.sampling import NonFiniteLogits
 from statespan.generation.state import GenerationState
@@ -49,7 +50,7 @@ class Request:
     ) -> None:
         self.model, self.options, self.speculation = model, options, speculation
         self.report: SpeculationReport | None = None  # of the speculation, while and after it runs
-        self.tokenizer = tokenizer = tokenizer or model.tokenizer
+        self.tokenizer = tokenizer = tokenizer or _tokenizer_of(model)
         if options.stop_strings and tokenizer is None:
             raise UserError("stop strings need a tokenizer, and the model has none; pass tokenizer= or stop_token_ids=")
         self.prompts = read_prompts(
@@ -199,3 +200,12 @@ class Request:
     def _end_state(self, state: ModelState, place: int, pending: int) -> GenerationState:
         """A copy of one row, made outside inference mode, so that it can be used inside and outside of it."""
         return GenerationState(state.select(torch.tensor([place])), pending)
+
+
+def _tokenizer_of(model: LanguageModel) -> Tokenizer | None:
+    """The model's own, or bytes for a vocabulary of 256, as where a checkpoint is loaded."""
+    if model.tokenizer is not None:
+        return model.tokenizer
+    from statespan.checkpoints.tokenizer import byte_tokenizer  # late, so that importing `generate` stays quick
+
+    return byte_tokenizer(model.config)

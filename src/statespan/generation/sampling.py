@@ -36,7 +36,7 @@ class Sampling:
         _require(self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty)
         for name in ("frequency_penalty", "presence_penalty"):
             _require(math.isfinite(getattr(self, name)), f"{name} must be finite", getattr(self, name))
-        _require(0 <= self.temperature < math.inf, "temperature must be 0 or above", self.temperature)
+        _require(0 <= self.temperature < math.inf, "temperature must be finite and at least 0", self.temperature)
         _require(self.top_k is None or self.top_k >= 1, "top_k must be at least 1", self.top_k)
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
         _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p must be 0 to 1", self.min_p)
@@ -135,10 +135,8 @@ def weights(logits: Tensor, sampling: Sampling) -> Tensor:
     # Shifted before the division: a temperature near 0 must not overflow.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     weights = (logits if sampling.temperature == 1 else logits / sampling.temperature).exp()
-    if sampling.top_k is not None and sampling.top_k < weights.shape[-1]:
-        weights = _at_least(weights, weights.topk(sampling.top_k, dim=-1).values[:, -1:])
-    if sampling.top_p is not None and sampling.top_p < 1:
-        weights = _at_least(weights, sampling_edge(weights, top_p=sampling.top_p))
+    if sampling.top_k is not None or sampling.top_p is not None:
+        weights = _at_least(weights, sampling_edge(weights, sampling.top_k, sampling.top_p))
     if sampling.min_p:
         weights = _at_least(weights, sampling.min_p)
     return weights

@@ -8,13 +8,14 @@ The second line takes the function `small` of the user's own file my_runs.py.
 
 import importlib.util
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 from statespan.errors import UnknownName, UserError
 from statespan.recipes import baselines, h100, jamba, mamba, s4
 from statespan.training.config import TrainingConfig
 
-Recipe = Callable[[], TrainingConfig]
+Recipe = Callable[[], TrainingConfig]  # a run; its docstring's first line says what it is
 
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
@@ -49,9 +50,15 @@ def recipes() -> dict[str, str]:
 
 
 def load_recipe(name: str) -> TrainingConfig:
-    """The config of a recipe: a name of `recipes()`, or `path/to/file.py:function` of the user's own.
+    """The config of a recipe.
 
-    Raises UnknownName for a name that is none, with the nearest; UserError for a file or function that is no recipe.
+    Args:
+        name: one of `recipes()`, or `path/to/file.py:function` of the user's own.
+    Returns:
+        The whole run; `override` changes fields.
+    Raises:
+        UnknownName: no recipe has that name; the message offers the nearest.
+        UserError: the file or function is no recipe.
 
     Example:
         >>> load_recipe("mambabyte_tiny_cpu").model.vocab_size
@@ -80,6 +87,10 @@ def _from_file(path: Path, function: str) -> TrainingConfig:
     functions = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if function not in functions:
         raise UnknownName(f"function in {path}", function, functions)
+    try:
+        signature(functions[function]).bind()
+    except TypeError as error:
+        raise UserError(f"{path}:{function}: {error}; a recipe is called without arguments") from None
     config = functions[function]()
     if not isinstance(config, TrainingConfig):
         raise UserError(f"{path}:{function} returns {type(config).__name__}; a recipe returns a TrainingConfig")
