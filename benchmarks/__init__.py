@@ -1,1 +1,1 @@
-"""Measurements: every table of the README comes from a command here, and leaves a dated row in results/."""
+"""Measurements: the tables of README.md and docs/measured.md come from commands here, which leave rows in results/."""

@@ -2,8 +2,12 @@
 
 import os
 import re
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -62,6 +66,36 @@ def _a_fault_ends_the_process(request: pytest.FixtureRequest) -> Iterator[None]:
             torch.cuda.synchronize()
         except RuntimeError:
             os._exit(1)
+        torch.cuda.empty_cache()  # other processes' tests want the memory too
+
+
+@pytest.fixture
+def room_for_large_tensors() -> Iterator[None]:
+    """Waits where other processes run such tests too, and until the GPU has the 40 GB that each may take."""
+    import fcntl  # not on every system
+
+    large, on_gpu = 40 << 30, torch.cuda.is_available()
+    total = torch.cuda.get_device_properties(0).total_memory if on_gpu else large
+    places = [Path(tempfile.gettempdir()) / f"statespan-large-{seat}.lock" for seat in range(max(1, total // large))]
+    files = [place.open("w") for place in places]
+
+    def taken(file: IO[str]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    while not any(map(taken, files)):  # the first that is free
+        time.sleep(0.1)
+    wait_until = time.monotonic() + 60
+    while on_gpu and torch.cuda.mem_get_info()[0] < large and time.monotonic() < wait_until:
+        time.sleep(0.1)
+    yield
+    if on_gpu:
+        torch.cuda.empty_cache()
+    for file in files:
+        file.close()  # which gives the place back
 
 
 def _token_by_token(self: VerifyDecoder, layer: Mixer, norm: RMSNorm) -> Callable[..., torch.Tensor]:

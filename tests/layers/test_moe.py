@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from statespan.layers.config import MoEConfig
-from statespan.layers.moe import MoE, RouterMetrics, drop_overflow, sinkhorn
+from statespan.layers.moe import MoE
+from statespan.layers.routing import RouterMetrics, drop_overflow, sinkhorn
 
 HIDDEN = 6
 CONFIGS = {

@@ -22,13 +22,11 @@ from statespan.layers.config import (
 from statespan.models.accounting import (
     count_layer_parameters,
     count_parameters,
-    feed_forward_shapes,
     forward_flops,
     kv_bytes,
     kv_bytes_per_token,
     layer_forward_flops,
     layer_state_bytes,
-    mixer_shapes,
     state_bytes,
     training_flops,
 )
@@ -36,6 +34,7 @@ from statespan.models.backbone import Block, build_feed_forward, build_mixer
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
+from statespan.models.parameter_shapes import feed_forward_shapes, mixer_shapes
 from statespan.models.presets import preset
 
 GIB = 2**30

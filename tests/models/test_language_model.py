@@ -175,6 +175,14 @@ def test_residual_stream_is_float32_when_asked() -> None:
     ("call", "message"),
     [
         (lambda m: m(torch.tensor([[3, 61]])), "token id 61 is out of range; the vocabulary is 0 to 60"),
+        (
+            lambda m: m(torch.tensor([[3]], device="meta")),
+            r"input_ids is on meta and the model on cpu; use input_ids.to\(model.device\)",
+        ),
+        (
+            lambda m: m(torch.tensor([[3]]), labels=torch.tensor([[3]], device="meta")),
+            "labels is on meta and the model on cpu",
+        ),
         (lambda m: m(torch.tensor([[-1, 3]])), "token id -1"),
         (lambda m: m(torch.tensor([3])), "input_ids must be"),
         (lambda m: m(torch.zeros(1, 0, dtype=torch.int64)), "at least one token"),

@@ -1,6 +1,7 @@
 """The corpus: tokens and their bytes, the split, and its refusals."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from statespan.checkpoints import ByteTokenizer, FileTokenizer
 from statespan.errors import DataError, UserError
-from statespan.training import DataConfig, TrainingConfig
+from statespan.training import DataConfig, TrainingConfig, data
 from statespan.training.data import build_corpus, encode_with_bytes, load_data, load_tokenizer
 
 TEXTS = ["hello hello world", "wörld 🎉 日本 hello", " \n hello"]
@@ -51,17 +52,29 @@ def test_tokens_of_a_file_and_the_bytes_they_stand_for():
 
 def test_bytes_of_each_token_are_those_of_its_text():
     tokenizer = byte_level_tokenizer()
-    ids, counts = encode_with_bytes(tokenizer, "hello world")
+    (ids, counts), (_, pieces) = encode_with_bytes(tokenizer, ["hello world", "é🎉"])
     assert counts.tolist() == [len(tokenizer.decode([i])) for i in ids.tolist()]
-    pieces = encode_with_bytes(tokenizer, "é🎉")[1]  # each piece is a byte; a character counts once
-    assert (len(pieces), pieces.sum(), pieces[0], pieces[2]) == (6, 6, 2, 4)
+    assert (len(pieces), pieces.sum(), pieces[0], pieces[2]) == (6, 6, 2, 4)  # each is a byte; a character counts once
+
+
+def test_documents_tokenized_together_are_as_each_alone(monkeypatch: pytest.MonkeyPatch):
+    tokenizer = byte_level_tokenizer(bos_id=0)
+    texts = [*TEXTS, "", *(text * 5 for text in TEXTS)]
+    alone = [build_corpus([text], tokenizer) for text in texts]
+    for characters in (1, 20, 10_000):
+        monkeypatch.setattr(data, "BLOCK_CHARACTERS", characters)
+        corpus = build_corpus(iter(texts), tokenizer)
+        assert len(corpus) == len(texts)
+        for index, other in enumerate(alone):
+            assert corpus.document(index).tolist() == other.document(0).tolist()
+            assert corpus.count_bytes(index) == other.num_bytes == len(texts[index].encode())
 
 
 def test_text_that_a_tokenizer_drops_still_counts():
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.normalizer = normalizers.Lowercase()
-    ids, counts = encode_with_bytes(FileTokenizer(backend), "  A  b \n")
+    ((ids, counts),) = encode_with_bytes(FileTokenizer(backend), ["  A  b \n"])
     assert ids.tolist() == [0, 1]
     assert counts.sum() == 8
     assert len(build_corpus(["   ", "a"], FileTokenizer(backend))) == 1
@@ -103,8 +116,12 @@ def test_one_long_file_is_cut_to_hold_some_out(tmp_path: Path):
     path = tmp_path / "book.txt"
     path.write_text("".join(f"line {i:03d} of the book\n" for i in range(50)))
     data = DataConfig(train=str(path), sequence_length=16)
-    with pytest.raises(DataError, match="no held-out documents: the text is 1 document"):
+    with pytest.raises(DataError, match="no held-out documents: the text is 1 document") as told:
         load_data(data, ByteTokenizer())
+    advised = re.search(r"data\.max_document_bytes=(\d+)", str(told.value))
+    assert advised is not None
+    train, held_out = load_data(replace(data, max_document_bytes=int(advised[1])), ByteTokenizer())
+    assert held_out is not None and len(train) > len(held_out) >= 1
     train, held_out = load_data(replace(data, max_document_bytes=200, held_out_fraction=0.1), ByteTokenizer())
     assert held_out is not None and (len(train), len(held_out), held_out.num_bytes) == (5, 1, 9 * 21)
 

@@ -54,30 +54,30 @@ def timeless(rows: list[Row]) -> list[Row]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "held_out.seconds")} for row in rows]
 
 
-@pytest.mark.parametrize("stop", [1, 7, 29])
 @pytest.mark.parametrize("arithmetic", ["run.precision=float32", "run.precision=bfloat16"])
-def test_stop_and_resume_is_bit_for_bit(tmp_path: Path, long: TrainingConfig, stop: int, arithmetic: str):
+def test_stop_and_resume_is_bit_for_bit(tmp_path: Path, long: TrainingConfig, arithmetic: str):
     long = long.override([arithmetic])
     whole = train(long, tmp_path / "whole")
     assert whole.step == 30
     values = json.loads((whole.checkpoint / "training_state.json").read_text())
     assert values["position"]["epoch"] > 0 and values["position"]["row"] > 0
+    before = timeless(read_metrics(tmp_path / "whole"))
 
-    parts = tmp_path / "parts"
-    shutil.copytree(tmp_path / "whole", parts)
-    for later in list_checkpoints(parts)[stop:]:
-        shutil.rmtree(later)
-    random.seed(99), np.random.seed(99), torch.manual_seed(99)  # another process would not know the state either
-    resumed = train(long, parts, resume=True)
-    assert resumed.step == 30
-    assert_same(whole.checkpoint, resumed.checkpoint)
-    for checkpoint in list_checkpoints(tmp_path / "whole"):
-        assert_same(checkpoint, parts / "checkpoints" / checkpoint.name)
-    assert resumed.held_out is not None and whole.held_out is not None
-    assert resumed.held_out.bits_per_byte == whole.held_out.bits_per_byte
-    before, after = timeless(read_metrics(tmp_path / "whole")), timeless(read_metrics(parts))
-    assert [row["step"] for row in after] == [row["step"] for row in before]
-    assert after[-2:] == before[-2:]
+    for stop in (1, 7, 29):
+        parts = tmp_path / str(stop)
+        shutil.copytree(tmp_path / "whole", parts)
+        for later in list_checkpoints(parts)[stop:]:
+            shutil.rmtree(later)
+        random.seed(99), np.random.seed(99), torch.manual_seed(99)  # another process would not know the state either
+        resumed = train(long, parts, resume=True)
+        assert resumed.step == 30
+        for checkpoint in list_checkpoints(tmp_path / "whole"):
+            assert_same(checkpoint, parts / "checkpoints" / checkpoint.name)
+        assert resumed.held_out is not None and whole.held_out is not None
+        assert resumed.held_out.bits_per_byte == whole.held_out.bits_per_byte
+        after = timeless(read_metrics(parts))
+        assert [row["step"] for row in after] == [row["step"] for row in before]
+        assert after[-2:] == before[-2:]
 
 
 class Signals(ProgressDisplay):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.layers.moe import RouterMetrics
+from statespan.layers.routing import RouterMetrics
 from statespan.models.language_model import LanguageModel
 
 HEAD_TOKENS = 256  # whose logits are held at a time
@@ -38,6 +38,8 @@ def observe(model: LanguageModel, ids: Sequence[int] | Tensor, layers: Collectio
         model: of any family.
         ids: [t], token ids in [0, vocab_size), at least one.
         layers: whose mixers' inputs are kept; None: of all.
+    Returns:
+        The tensors that were read, on the model's device.
     Raises:
         UserError: no token, or an id or layer that the model does not have.
 

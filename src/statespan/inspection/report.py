@@ -89,6 +89,8 @@ def inspect_text(
         layers: which layers are looked into; None: all.
         num_channels: how many channels or heads the mean of a layer's hidden attention takes.
         title: the model's name, for the page.
+    Returns:
+        The figures that the page shows.
     Raises:
         UserError: the text is empty or too long, a layer does not exist, or the folder cannot be written.
 

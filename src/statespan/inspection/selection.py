@@ -43,7 +43,14 @@ class Selection:
 
 
 def selection_of(mixer: Mamba1 | Mamba2 | S6, hidden: Tensor) -> Selection:
-    """What a mixer selects for the text that it reads as `hidden` [1 t h], by its own projections and conv."""
+    """What a mixer selects for the text that it reads, by its own projections and conv.
+
+    Args:
+        mixer: of any dtype and device.
+        hidden: [1 t h], what it reads, such as `Observation.mixer_inputs` holds.
+    Returns:
+        The recurrence in float64 on the CPU.
+    """
     with torch.inference_mode():
         if isinstance(mixer, Mamba2):
             _, xBC, dt = mixer._split(mixer.in_proj(hidden))
@@ -65,10 +72,14 @@ def selection_of(mixer: Mamba1 | Mamba2 | S6, hidden: Tensor) -> Selection:
 
 
 def memory_lengths(selection: Selection) -> Tensor:
-    """How many tokens of this text a state lasts: 1 / mean_t(-log |Abar_t|), [c m] float64.
+    """How many tokens of this text a state lasts: 1 / mean_t(-log |Abar_t|).
 
-    After so many tokens with the text's mean decay 1/e of a state is left. Mamba-1 has one figure for each state of a
-    channel, Mamba-2 one for each head.
+    After so many tokens with the text's mean decay 1/e of a state is left.
+
+    Args:
+        selection: of one layer and text.
+    Returns:
+        [c m] float64, tokens; Mamba-1 has one figure for each state of a channel, Mamba-2 one for each head.
     """
     return -1 / selection.log_decay().mean(0)
 

@@ -31,6 +31,8 @@ def token_view(model: LanguageModel, ids: Sequence[int] | Tensor, layer: int) ->
         model: of any family.
         ids: [t], token ids in [0, vocab_size), at least one.
         layer: from 0 on.
+    Returns:
+        Plain numbers, an entry a token.
     Raises:
         UserError: no token, or an id or layer that the model does not have.
 

@@ -48,6 +48,10 @@ def layer_view(model: LanguageModel, observation: Observation, index: int, num_c
         observation: of `observe`.
         index: of the layer.
         num_channels: how many channels or heads the mean of the hidden attention takes, evenly spaced; at least 1.
+    Returns:
+        Tensors on the CPU.
+    Raises:
+        KeyError: `observation` has not kept that layer.
 
     Example:
         >>> import statespan

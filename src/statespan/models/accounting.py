@@ -1,18 +1,18 @@
 """What a config costs before anything is built: parameters, FLOPs a token, KV-cache and state bytes a sequence.
 
-Everything follows from two tables: the shapes of a layer's parameters (`mixer_shapes`, `feed_forward_shapes`; the same
-names as in the module) and the sizes of a mixer's state. A FLOP is one addition or one multiplication.
+Everything follows from the shapes of a layer's parameters (`parameter_shapes.py`) and the sizes of a mixer's state. A
+FLOP is one addition or one multiplication.
 """
 
 import math
 from dataclasses import dataclass
 
-from statespan.layers.config import AttentionConfig, MLPConfig, MoEConfig, SSMBlockConfig
+from statespan.layers.config import AttentionConfig
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
+from statespan.models.parameter_shapes import Shapes, feed_forward_shapes, mixer_shapes
 from statespan.ops.activation import GATED
 
-Shapes = dict[str, tuple[int, ...]]  # parameter name inside the module: shape
 NOT_MULTIPLIED = ("A_log", "_bias", "log_A_real", "A_imag", ".P", ".B", ".C", "position_embedding.weight")
 TRAINING_FACTOR = 3  # the backward pass multiplies twice for each multiplication of the forward pass
 
@@ -24,133 +24,6 @@ class ParameterCount:
     total: int
     active: int  # that one token meets: of the experts, top_k of num_experts
     embedding: int = 0  # embedding and untied head, contained in both
-
-
-def mixer_shapes(config: ModelConfig, mixer: str) -> Shapes:
-    """Shape of each parameter of a mixer, by its name in the module."""
-    match mixer:
-        case "mamba1":
-            return _mamba1_shapes(config)
-        case "mamba2":
-            return _mamba2_shapes(config)
-        case "attention":
-            return _attention_shapes(config)
-        case "s4" | "s4d" | "lssl":
-            return _lti_shapes(config, mixer)
-        case "s6":
-            return _s6_shapes(config)
-        case _:
-            return _recurrent_shapes(config, gates=4 if mixer == "lstm" else 3)
-
-
-def _mamba1_shapes(config: ModelConfig) -> Shapes:
-    sizes, hidden = config.mamba1, config.hidden_size
-    inner, rank, states = config.mamba1_inner_size, config.mamba1_dt_rank, sizes.state_size
-    shapes = _linear("in_proj", 2 * inner, hidden, sizes.proj_bias)
-    shapes |= _conv(inner, sizes.conv_kernel, sizes.conv_bias)
-    shapes |= {"x_proj.weight": (rank + 2 * states, inner), "dt_proj.weight": (inner, rank), "dt_bias": (inner,)}
-    shapes |= {"A_log": (inner, states), "D": (inner,)}
-    if sizes.inner_norms:
-        shapes |= {"dt_layernorm.weight": (rank,), "b_layernorm.weight": (states,), "c_layernorm.weight": (states,)}
-    return shapes | _linear("out_proj", hidden, inner, sizes.proj_bias)
-
-
-def _mamba2_shapes(config: ModelConfig) -> Shapes:
-    sizes, hidden = config.mamba2, config.hidden_size
-    inner, heads, conv = config.mamba2_inner_size, config.mamba2_num_heads, _mamba2_conv_size(config)
-    shapes = _linear("in_proj", inner + conv + heads, hidden, sizes.proj_bias)
-    shapes |= _conv(conv, sizes.conv_kernel, sizes.conv_bias)
-    shapes |= {"dt_bias": (heads,), "A_log": (heads,), "D": (heads,)}
-    if sizes.gated_norm:
-        shapes["norm.weight"] = (inner,)
-    return shapes | _linear("out_proj", hidden, inner, sizes.proj_bias)
-
-
-def _attention_shapes(config: ModelConfig) -> Shapes:
-    sizes, hidden = config.attention, config.hidden_size
-    queries, qkv = sizes.num_heads * config.attention_head_dim, _qkv_size(config)
-    shapes = _linear("qkv_proj", qkv, hidden, sizes.qkv_bias)
-    if sizes.conv_kernel:
-        shapes |= _conv(qkv, sizes.conv_kernel, bias=True)
-    if sizes.learned_positions is not None:
-        shapes["position_embedding.weight"] = (sizes.learned_positions, hidden)
-    return shapes | _linear("out_proj", hidden, queries, sizes.out_bias)
-
-
-def _lti_shapes(config: ModelConfig, mixer: str) -> Shapes:
-    sizes = _block_config(config, mixer)
-    inner, states = sizes.inner_size(config.hidden_size), sizes.state_size
-    shapes = _block_shapes(config, sizes) | {"log_dt": (inner,), "D": (inner,)}
-    if mixer == "lssl":
-        return shapes | {"C": (inner, states)}
-    if mixer == "s4d" and config.s4d.init == "real":
-        return shapes | {"log_A_real": (inner, states), "C": (inner, states)}
-    pairs = (inner, states // 2)
-    shapes |= {"log_A_real": pairs, "A_imag": pairs, "C": (*pairs, 2)}
-    return shapes | ({"P": (*pairs, 2), "B": (*pairs, 2)} if mixer == "s4" else {})
-
-
-def _s6_shapes(config: ModelConfig) -> Shapes:
-    sizes, states = config.s6, config.s6.state_size
-    inner, rank = sizes.inner_size(config.hidden_size), sizes.rank(config.hidden_size)
-    shapes = _block_shapes(config, sizes) | {"dt_bias": (inner,), "A_log": (inner, states), "D": (inner,)}
-    return shapes | {"x_proj.weight": (rank + 2 * states, inner), "dt_proj.weight": (inner, rank)}
-
-
-def _block_shapes(config: ModelConfig, sizes: SSMBlockConfig) -> Shapes:
-    """What stands round an SSM."""
-    hidden, inner = config.hidden_size, sizes.inner_size(config.hidden_size)
-    shapes = _linear("out_proj", 2 * hidden if sizes.block == "glu" else hidden, inner, sizes.proj_bias)
-    parts = {"h3": 3, "mamba": 2}.get(sizes.block)
-    if parts is None:
-        return shapes
-    return shapes | _linear("in_proj", parts * inner, hidden, sizes.proj_bias) | _conv(inner, sizes.conv_kernel, True)
-
-
-def _block_config(config: ModelConfig, mixer: str) -> SSMBlockConfig:
-    configs: dict[str, SSMBlockConfig] = {"s4": config.s4, "s4d": config.s4d, "s6": config.s6}
-    return configs.get(mixer, config.lssl)
-
-
-def _recurrent_shapes(config: ModelConfig, gates: int) -> Shapes:
-    hidden = config.hidden_size
-    shapes: Shapes = {f"rnn.weight_{side}_l0": (gates * hidden, hidden) for side in ("ih", "hh")}
-    if config.recurrent.bias:
-        shapes |= {f"rnn.bias_{side}_l0": (gates * hidden,) for side in ("ih", "hh")}
-    return shapes
-
-
-def feed_forward_shapes(config: ModelConfig, feed_forward: str) -> Shapes:
-    """Shape of each parameter of a feed-forward layer, by its name in the module."""
-    hidden = config.hidden_size
-    sizes: MLPConfig | MoEConfig = config.mlp if feed_forward == "mlp" else config.moe
-    inner, gated = sizes.intermediate_size, sizes.activation in GATED
-    up = 2 * inner if gated else inner
-    if isinstance(sizes, MLPConfig):
-        name = "gate_up_proj" if gated else "up_proj"
-        return _linear(name, up, hidden, sizes.bias) | _linear("down_proj", hidden, inner, sizes.bias)
-    shapes = _linear("router", sizes.num_experts, hidden, sizes.router_bias)
-    for name, rows, columns in (("up_proj", up, hidden), ("down_proj", hidden, inner)):
-        shapes[f"experts.{name}"] = (sizes.num_experts, rows, columns)
-        if sizes.bias:
-            shapes[f"experts.{name}_bias"] = (sizes.num_experts, rows)
-    return shapes
-
-
-def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
-    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
-
-
-def _conv(channels: int, taps: int, bias: bool) -> Shapes:
-    return {"conv1d.weight": (channels, 1, taps)} | ({"conv1d.bias": (channels,)} if bias else {})
-
-
-def _mamba2_conv_size(config: ModelConfig) -> int:
-    return config.mamba2_inner_size + 2 * config.mamba2.num_groups * config.mamba2.state_size
-
-
-def _qkv_size(config: ModelConfig) -> int:
-    return (config.attention.num_heads + 2 * config.attention_num_kv_heads) * config.attention_head_dim
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -232,7 +105,7 @@ def layer_forward_flops(config: ModelConfig, spec: LayerSpec, context_length: in
 
 
 def _lti_step_flops(config: ModelConfig, mixer: str) -> int:
-    sizes = _block_config(config, mixer)
+    sizes = config.ssm_block(mixer)
     states = sizes.state_size
     per_state = {"s4": 20, "s4d": 5 if config.s4d.init == "real" else 7}.get(mixer, 2 * (states + 2))
     return per_state * sizes.inner_size(config.hidden_size) * states
@@ -303,12 +176,12 @@ def layer_state_bytes(config: ModelConfig, spec: LayerSpec, value_bytes: int = 2
             window = (config.mamba1.conv_kernel - 1) * config.mamba1_inner_size
             return window * value_bytes + config.mamba1_inner_size * config.mamba1.state_size * ssm_bytes
         case "mamba2":
-            window = (config.mamba2.conv_kernel - 1) * _mamba2_conv_size(config)
+            window = (config.mamba2.conv_kernel - 1) * config.mamba2_conv_size
             return window * value_bytes + config.mamba2_inner_size * config.mamba2.state_size * ssm_bytes
         case "attention" if config.attention.conv_kernel:
-            return (config.attention.conv_kernel - 1) * _qkv_size(config) * value_bytes
+            return (config.attention.conv_kernel - 1) * config.attention_qkv_size * value_bytes
         case "s4" | "s4d" | "lssl" | "s6":
-            sizes = _block_config(config, spec.mixer)
+            sizes = config.ssm_block(spec.mixer)
             inner = sizes.inner_size(config.hidden_size)
             window = (sizes.conv_kernel - 1) * inner if sizes.block in ("h3", "mamba") else 0
             return window * value_bytes + inner * sizes.state_size * ssm_bytes
@@ -351,11 +224,11 @@ def _inner_bytes(config: ModelConfig, spec: LayerSpec, value_bytes: int) -> int:
         case "mamba1":
             mixer = config.mamba1_inner_size * (4 * value_bytes + 2 * 4)
         case "mamba2":
-            mixer = (3 * config.mamba2_inner_size + 2 * _mamba2_conv_size(config)) * value_bytes
+            mixer = (3 * config.mamba2_inner_size + 2 * config.mamba2_conv_size) * value_bytes
         case "attention":
-            mixer = 2 * _qkv_size(config) * value_bytes
+            mixer = 2 * config.attention_qkv_size * value_bytes
         case "s4" | "s4d" | "lssl" | "s6":
-            mixer = 8 * _block_config(config, spec.mixer).inner_size(hidden) * 4
+            mixer = 8 * config.ssm_block(spec.mixer).inner_size(hidden) * 4
         case _:
             mixer = 8 * hidden * value_bytes
     return max(mixer, feed_forward)

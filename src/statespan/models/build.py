@@ -26,6 +26,8 @@ def build(
         dtype: of the weights; A_log, D and dt_bias stay float32.
         draw_on_device: draw the weights where they lie: quick for billions of them on a GPU, but other values there
             than on the CPU.
+    Returns:
+        The model, in training mode.
     Raises:
         UnknownName: no preset has that name; the message offers the nearest.
 

@@ -66,7 +66,7 @@ class ModelConfig:
             _check_attention(self)
         for name in ("s4", "s4d", "lssl", "s6"):
             if name in used:
-                _check_ssm_block(name, getattr(self, name))
+                _check_ssm_block(name, self.ssm_block(name))
         if "moe" in used:
             _check_moe(self.moe)
 
@@ -92,12 +92,27 @@ class ModelConfig:
         return self.mamba2.inner_size(self.hidden_size)
 
     @property
+    def mamba2_conv_size(self) -> int:
+        """Channels of the conv: x, B and C."""
+        return self.mamba2_inner_size + 2 * self.mamba2.num_groups * self.mamba2.state_size
+
+    @property
     def attention_num_kv_heads(self) -> int:
         return self.attention.kv_heads()
 
     @property
     def attention_head_dim(self) -> int:
         return self.attention.head_size(self.hidden_size)
+
+    @property
+    def attention_qkv_size(self) -> int:
+        """Rows of qkv_proj."""
+        return (self.attention.num_heads + 2 * self.attention_num_kv_heads) * self.attention_head_dim
+
+    def ssm_block(self, mixer: str) -> SSMBlockConfig:
+        """The config of "s4", "s4d", "lssl" or "s6"."""
+        blocks: dict[str, SSMBlockConfig] = {"s4": self.s4, "s4d": self.s4d, "lssl": self.lssl, "s6": self.s6}
+        return blocks[mixer]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` reads them back to an equal config."""

@@ -260,7 +260,7 @@ def _hybrid_rows() -> dict[str, Preset]:
     }
 
 
-def _baseline_rows() -> dict[str, Preset]:
+def _transformer_rows() -> dict[str, Preset]:
     rows = {
         f"transformer-{name}": Preset(
             f"Llama-style Transformer about the size of mamba-{name}",
@@ -305,32 +305,26 @@ def _baseline_rows() -> dict[str, Preset]:
             moe=MoEConfig(8, top_k=2, intermediate_size=14336, renormalize=True, load_balance_coef=0.02),
         ),
     )
-    for kind, depth in (("lstm", 9), ("gru", 12)):
-        rows[f"{kind}-130m"] = Preset(
+    return rows
+
+
+def _recurrent_rows() -> dict[str, Preset]:
+    """The recurrent layers before Mamba, about the size of mamba-130m."""
+    neox: dict[str, Any] = NEOX | {"vocab_multiple": 8}
+    rows = {
+        f"{kind}-130m": Preset(
             f"{depth} residual {kind.upper()} layers, about the size of mamba-130m",
-            ModelConfig(
-                **NEOX, vocab_multiple=8, hidden_size=1024, layers=_repeat(kind, depth), recurrent=RecurrentConfig()
-            ),
+            ModelConfig(**neox, hidden_size=1024, layers=_repeat(kind, depth), recurrent=RecurrentConfig()),
         )
+        for kind, depth in (("lstm", 9), ("gru", 12))
+    }
     rows["s4-130m"] = Preset(
         "Mamba's block round S4 (arXiv 2111.00396), about the size of mamba-130m",
-        ModelConfig(
-            **NEOX,
-            vocab_multiple=8,
-            hidden_size=768,
-            layers=_repeat("s4", 24),
-            s4=S4Config(block="mamba", expand=2),
-        ),
+        ModelConfig(**neox, hidden_size=768, layers=_repeat("s4", 24), s4=S4Config(block="mamba", expand=2)),
     )
     rows["s4d-130m"] = Preset(
         "Mamba's block round S4D (arXiv 2206.11893), about the size of mamba-130m",
-        ModelConfig(
-            **NEOX,
-            vocab_multiple=8,
-            hidden_size=768,
-            layers=_repeat("s4d", 24),
-            s4d=S4DConfig(block="mamba", expand=2),
-        ),
+        ModelConfig(**neox, hidden_size=768, layers=_repeat("s4d", 24), s4d=S4DConfig(block="mamba", expand=2)),
     )
     return rows
 
@@ -341,7 +335,8 @@ PRESETS: dict[str, Preset] = {
     **_moe_mamba_rows(),
     **_blackmamba_rows(),
     **_hybrid_rows(),
-    **_baseline_rows(),
+    **_transformer_rows(),
+    **_recurrent_rows(),
 }
 
 

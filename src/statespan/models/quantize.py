@@ -25,7 +25,8 @@ def quantize(model: LanguageModel, mode: Quantization = "int8") -> LanguageModel
         mode: "int8": all linear layers, the experts and the head, a byte a weight and a float32 scale an output row
             (symmetric, round to nearest). "experts_int8": the experts alone so (vLLM's ExpertsInt8). "int4": linear
             layers in groups of up to 128 weights through torchao, experts and head as int8.
-
+    Returns:
+        The same model.
     Raises:
         UnknownName: the mode is none.
         UserError: "int4" without torchao, or where torchao cannot run it.

@@ -1,7 +1,7 @@
 """Corpus: the tokens of all documents in memory, each token with the number of bytes of text it stands for."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from statespan.training.config import DataConfig
 from statespan.training.documents import find_files, read_documents
 
 Integers = NDArray[np.integer]
+BLOCK_CHARACTERS = 1 << 20  # of documents that are tokenized side by side; their encodings take some 30 MB
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ def build_corpus(texts: Iterable[str], tokenizer: ByteTokenizer | FileTokenizer)
     size = tokenizer.vocab_size
     dtype = np.uint8 if size <= 2**8 else np.uint16 if size <= 2**16 else np.uint32
     tokens, token_bytes, lengths = bytearray(), bytearray(), list[int]()
-    for text in texts:
-        if isinstance(tokenizer, ByteTokenizer):
-            ids = np.frombuffer(text.encode(), np.uint8)
-        else:
-            ids, counts = encode_with_bytes(tokenizer, text)
+    if isinstance(tokenizer, ByteTokenizer):
+        documents = ((np.frombuffer(text.encode(), np.uint8), None) for text in texts)
+    else:
+        documents = (document for block in _blocks(texts) for document in encode_with_bytes(tokenizer, block))
+    for ids, counts in documents:
+        if counts is not None:
             token_bytes += counts.astype(np.uint32).tobytes()
         if len(ids):  # a tokenizer may drop white space
             tokens += ids.astype(dtype).tobytes()
@@ -99,22 +101,44 @@ def build_corpus(texts: Iterable[str], tokenizer: ByteTokenizer | FileTokenizer)
     )
 
 
-def encode_with_bytes(tokenizer: FileTokenizer, text: str) -> tuple[Integers, Integers]:
-    """Token ids of a document and the bytes of it that each one adds; the sum is len(text.encode()).
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Documents that are tokenized at once, side by side: as many as reach BLOCK_CHARACTERS."""
+    block, size = list[str](), 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def encode_with_bytes(tokenizer: FileTokenizer, texts: Sequence[str]) -> Iterator[tuple[Integers, Integers]]:
+    """Token ids of each document and the bytes of it that each one adds; the sum is len(text.encode()).
 
     Tokens that are byte-level pieces of one character count it once, with the first of them; text that the tokenizer
     drops counts with the token after it, or with the last. Beginning and end tokens add none.
     """
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    end = list(tokenizer.eos_ids[:1])
+    encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+    for text, encoding in zip(texts, encodings, strict=True):
+        counts = _bytes_of_tokens(text, [end for _, end in encoding.offsets])
+        yield (
+            np.array(begin + encoding.ids + end, np.int64),
+            np.concatenate([np.zeros(len(begin), np.int64), counts, np.zeros(len(end), np.int64)]),
+        )
+
+
+def _bytes_of_tokens(text: str, ends: Sequence[int]) -> Integers:
+    """The bytes that each token adds, by the characters where they end."""
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code_points > 0x7F).astype(np.int64) + (code_points > 0x7FF) + (code_points > 0xFFFF)
     before = np.concatenate([[0], np.cumsum(widths)])  # bytes before each character
-    covered = np.maximum.accumulate(before[np.array([end for _, end in encoding.offsets], np.int64)])
+    covered = np.maximum.accumulate(before[np.array(ends, np.int64)])
     covered[-1:] = before[-1]
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    end = list(tokenizer.eos_ids[:1])
-    counts = np.concatenate([np.zeros(len(begin)), np.diff(covered, prepend=0), np.zeros(len(end))])
-    return np.array(begin + encoding.ids + end, np.int64), counts.astype(np.int64)
+    return np.diff(covered, prepend=0)
 
 
 def load_data(config: DataConfig, tokenizer: ByteTokenizer | FileTokenizer) -> tuple[Corpus, Corpus | None]:
@@ -149,9 +173,10 @@ def load_data(config: DataConfig, tokenizer: ByteTokenizer | FileTokenizer) -> t
 def _split(corpus: Corpus, config: DataConfig) -> tuple[Corpus, Corpus]:
     count = max(1, round(config.held_out_fraction * len(corpus)))
     if len(corpus) <= count:
+        piece = min(65536, max(1, corpus.num_bytes // 20))  # so that there are 20 pieces at least
         raise DataError(
             f"no held-out documents: the text is {len(corpus)} document(s); name files in data.held_out, cut it with "
-            "data.max_document_bytes=65536, or set data.held_out_fraction=0"
+            f"data.max_document_bytes={piece}, or set data.held_out_fraction=0"
         )
     order = np.random.default_rng(config.seed).permutation(len(corpus))
     return corpus.select(np.sort(order[count:])), corpus.select(np.sort(order[:count]))

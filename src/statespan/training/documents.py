@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from statespan.errors import DataError
+from statespan.errors import DataError, first_line
 
 # What a folder is searched for; a file that is named itself may end in anything.
 ROW_LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+LEAVE_OUT = "mend the file, or leave it out with data.exclude"
+MOST_FIELDS = 8  # of a row, that a message names
 TEXT_ENDINGS = (
     "txt text md markdown rst tex org adoc html xml css csv tsv toml yaml yml ini cfg sql "
     "py pyi pyx ipynb c h cc cpp cxx hpp cu cuh m java kt scala js jsx ts tsx go rs rb php pl "
@@ -121,12 +123,15 @@ def _read_rows(path: Path, loader: str, text_field: str) -> Iterator[str]:
     """The text field of each row of a jsonl or parquet file, streamed through Hugging Face datasets."""
     for number, row in enumerate(_stream(path, loader), 1):
         if text_field not in row:
-            known = ", ".join(sorted(row))
-            raise DataError(f"{path}: row {number} has no field {text_field!r}; set data.text_field to one of: {known}")
+            known = ", ".join(sorted(row)[:MOST_FIELDS]) + (", .." if len(row) > MOST_FIELDS else "")
+            raise DataError(
+                f"{path}: row {number} has no field {text_field!r}; set data.text_field to one of: {known}; "
+                "or leave the file out with data.exclude"
+            )
         text = row[text_field]
         if not isinstance(text, str):
             raise DataError(
-                f"{path}: field {text_field!r} of row {number} is not text: {json.dumps(text, default=str)}"
+                f"{path}: field {text_field!r} of row {number} is not text: {first_line(json.dumps(text, default=str))}"
             )
         yield text
 
@@ -154,8 +159,8 @@ def _diagnose(path: Path, loader: str, error: Exception) -> DataError:
             try:
                 json.loads(line or "null")
             except json.JSONDecodeError as problem:
-                return DataError(f"{path}: line {number} is not JSON: {problem}")
-    return DataError(f"{path}: cannot be read as {loader}: {str(error).splitlines()[0]}")
+                return DataError(f"{path}: line {number} is not JSON: {problem}; {LEAVE_OUT}")
+    return DataError(f"{path}: cannot be read as {loader}: {first_line(error)}; {LEAVE_OUT}")
 
 
 def cut_at_lines(text: str, max_bytes: int) -> Iterator[str]:

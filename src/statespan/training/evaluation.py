@@ -62,6 +62,8 @@ def evaluate(
         config: context, batch and chunk sizes; they change the speed, and only `context_length` changes the result.
         precision: torch.bfloat16 evaluates under autocast.
         on_progress: called after each chunk with the share of the tokens done; what it raises ends the evaluation.
+    Returns:
+        Figures of the whole corpus; they do not depend on the batches and chunks.
 
     Example:
         >>> import statespan

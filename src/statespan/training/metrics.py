@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from statespan.layers.moe import RouterMetrics
+from statespan.layers.routing import RouterMetrics
 
 FILE_NAME = "metrics.jsonl"
 Row = dict[str, Any]  # numbers and lists of numbers by name
@@ -96,7 +96,15 @@ class MetricsWriter:
 
 
 def read_metrics(directory: str | Path) -> list[Row]:
-    """The rows of a run directory's metrics.jsonl; an unfinished last line is left out."""
+    """The rows of a run directory's metrics.jsonl; an unfinished last line is left out.
+
+    Args:
+        directory: of a run.
+    Returns:
+        A dictionary a row, of what `MetricsWriter` writes, the oldest first.
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     rows = list[Row]()
     for line in (Path(directory) / FILE_NAME).read_text(encoding="utf-8").splitlines():
         try:

@@ -40,7 +40,7 @@ class ProgressDisplay:
         """`share` (0 to 1) of `phase` is done."""
         if not self.console.is_terminal:
             if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or share >= 1:
-                self.say(f"{phase} {share:4.0%}  {text}")
+                self.say(f"{phase} {min(share, 1.0):4.0%}  {text}")
                 self._last_line = time.monotonic()
             return
         if phase != self._phase:

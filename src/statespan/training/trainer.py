@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from statespan.errors import NonFiniteLoss
-from statespan.layers.moe import RouterMetrics
+from statespan.layers.routing import RouterMetrics
 from statespan.models.language_model import LanguageModel
 from statespan.training.captured import Captured
 from statespan.training.config import TrainingConfig

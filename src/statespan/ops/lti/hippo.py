@@ -66,7 +66,18 @@ class Dplr:
 
 
 def nplr_factor(measure: str, state_size: int) -> Tensor:
-    """P [r n] float64 with A + P^T P normal: -1/2 I + skew for "legs" (r = 1), skew for "legt" (2) and "lagt" (1)."""
+    """P with A + P^T P normal: -1/2 I + skew for "legs", skew for the others (arXiv 2111.00396, appendix C.1).
+
+    Args:
+        measure: "legs", "legt" or "lagt".
+        state_size: n.
+
+    Returns:
+        P [r n], float64; the rank r is 2 for "legt", else 1.
+
+    Raises:
+        UserError: unknown measure.
+    """
     n = torch.arange(state_size, dtype=torch.float64)
     check_name("measure", measure, MEASURES)
     if measure == "legs":

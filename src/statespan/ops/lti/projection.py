@@ -53,15 +53,29 @@ def reconstruct(coefficients: Tensor, measure: str, ages: Tensor) -> Tensor:
 
     Returns:
         [.. a].
+
+    Raises:
+        UserError: unknown measure.
     """
     return coefficients @ basis(measure, coefficients.shape[-1], ages.to(coefficients)).T
 
 
 def basis(measure: str, state_size: int, ages: Tensor) -> Tensor:
-    """The orthonormal functions p_n(age), [a n].
+    """The orthonormal functions p_n(age).
 
     Legendre: p_n = sqrt(2n+1) P_n(1 - 2 age) on [0, 1], as u is newest where P_n is 1; Laguerre:
     p_n = e^(-age/2) L_n(age) on [0, inf).
+
+    Args:
+        measure: "legs" or "legt" (Legendre), or "lagt" (Laguerre).
+        state_size: n, number of functions.
+        ages: [a], as for `reconstruct`.
+
+    Returns:
+        [a n], in the dtype of `ages`.
+
+    Raises:
+        UserError: unknown measure.
     """
     check_name("measure", measure, MEASURES)
     x = ages if measure == "lagt" else 1 - 2 * ages

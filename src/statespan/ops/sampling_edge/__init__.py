@@ -15,7 +15,7 @@ __all__ = ["sampling_edge"]
 
 
 def sampling_edge(
-    weights: Tensor, top_k: Tensor | None = None, top_p: Tensor | float | None = None, *, backend: str = "auto"
+    weights: Tensor, top_k: Tensor | int | None = None, top_p: Tensor | float | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """Least weight of the k largest, and then of the fewest of these that hold top_p of their sum   (arXiv 1904.09751).
 
@@ -23,7 +23,7 @@ def sampling_edge(
 
     Args:
         weights: [n v], float32 in [0, 1]: probabilities relative to the best token's.
-        top_k: [n], int64, at least 1; v and above keep all. None: all.
+        top_k: [n], int64, or one number: at least 1; v and above keep all. None: all.
         top_p: [n], float32, or one number: above 0; 1 keeps all. None: all.
         backend: "auto", or a name from `statespan backends`. "cuda" neither sorts nor waits for anything, and
             can be captured in a CUDA graph: a search over the 30 bits of a weight, with each row in registers.
@@ -46,7 +46,9 @@ def sampling_edge(
     check_dim(op, "weights", weights, "[n v]")
     if weights.dtype != torch.float32:
         raise UserError(f"{op}: weights must be float32, got {weights.dtype}")
-    if not isinstance(top_p, Tensor | None):
+    if isinstance(top_k, int):
+        top_k = weights.new_full((len(weights),), top_k, dtype=torch.int64)
+    if isinstance(top_p, int | float):
         top_p = weights.new_full((len(weights),), top_p)
     check_shape(op, "top_k", top_k, "[n]", (len(weights),))
     check_shape(op, "top_p", top_p, "[n]", (len(weights),))

@@ -13,11 +13,12 @@ def sampling_edge(weights: Tensor, top_k: Tensor | None, top_p: Tensor | None) -
     best = weights.sort(dim=-1, descending=True).values if weights.is_cuda else None
     if top_k is not None:
         edge = _top_k_edge(weights, top_k, best)
+    if top_p is None:
+        return edge
+    if top_k is not None:
         weights = weights * (weights >= edge)
         best = None if best is None else best * (best >= edge)
-    if top_p is not None:
-        edge = torch.maximum(edge, _nucleus_edge(weights, top_p.unsqueeze(1), best))
-    return edge
+    return torch.maximum(edge, _nucleus_edge(weights, top_p.unsqueeze(1), best))
 
 
 def _top_k_edge(weights: Tensor, top_k: Tensor, best: Tensor | None) -> Tensor:
