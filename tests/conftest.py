@@ -11,6 +11,7 @@ from typing import IO
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
@@ -33,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs on a GPU where there is one")
+    if config.getoption("--gpu"):  # a failing program of a serving test takes minutes to make small there
+        settings.register_profile("gpu", phases=[Phase.explicit, Phase.reuse, Phase.generate])
+        settings.load_profile("gpu")
 
 
 def on_gpu(item: pytest.Function) -> bool:
