@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from statespan.ops.notices import say
+from statespan.ops.notices import say_once
 
 
 def cache_directory() -> Path | None:
@@ -37,8 +37,9 @@ def store(path: Path, code: bytes) -> None:
 
 
 def announce(kernel: str, path: Path | None) -> None:
-    """A word on the screen while a kernel compiles."""
+    """A word on the screen while a kernel compiles; one for all its forms."""
     kept = "not cached: no folder to write to, set NUMBA_CACHE_DIR"
     if path is not None and os.access(path.parent, os.W_OK):
         kept = f"cached in {path.parent}"
-    say(f"compiling {kernel} (once; {kept})")
+    text = f"compiling {kernel} (once; {kept})"
+    say_once(text, text)
