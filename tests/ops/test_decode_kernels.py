@@ -189,7 +189,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, tuple[tuple[str,
     found: set[tuple[str, tuple[tuple[str, str | int], ...]]] = set()
     monkeypatch.setattr(launch, "_load", lambda name, device, arch, macros: found.add((name, macros)))
     monkeypatch.setattr(large, "tensor_map", lambda weight, tile: torch.zeros(16, dtype=torch.int64))
-    monkeypatch.setattr(launch, "_allow_shared", lambda *_: None)
+    monkeypatch.setattr(launch, "allow_shared", lambda *_: None)
     monkeypatch.setattr(verify, "wide_product", lambda x, weight: torch.zeros(len(x), len(weight)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     for module in (project, multiply, update, stack, large, stream):

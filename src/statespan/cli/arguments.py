@@ -85,8 +85,8 @@ def positive_float(text: str) -> float:
 positive_int.__name__, positive_float.__name__ = "whole number", "number"
 
 
-def usable_device(name: str) -> "torch.device":
-    """The device called `name`, or UserError where this machine has none."""
+def usable_device(name: str, remedy: str = "try cpu") -> "torch.device":
+    """The device called `name`, or UserError with the remedy where this machine has none."""
     import torch
 
     try:
@@ -99,5 +99,5 @@ def usable_device(name: str) -> "torch.device":
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}; try cpu") from None
+        raise UserError(f"device {name!r} cannot be used here: {reason}; {remedy}") from None
     return device

@@ -18,10 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.op is not None and arguments.op not in MODULES:
         raise UnknownName("op that can be tuned", arguments.op, MODULES)
-    try:
-        device = usable_device(arguments.device)
-    except UserError as error:
-        raise UserError(f"{str(error).removesuffix('; try cpu')}; tuning needs a GPU") from None
+    device = usable_device(arguments.device, "tuning needs a GPU")
     if (reason := BACKENDS["triton"].why_not(device, ())) is not None:
         raise UserError(f"nothing to tune on {device}: the triton backend cannot run, {reason}")
     print(f"{compile_all(arguments.op, device)} candidates are compiled", flush=True)

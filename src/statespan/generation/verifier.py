@@ -11,6 +11,7 @@ from torch import Tensor
 from statespan.generation.drafters import Steps, feed
 from statespan.layers.state import KVCache, ModelState, State
 from statespan.models import verify_step
+from statespan.models.capture import addresses
 from statespan.models.language_model import LanguageModel
 from statespan.models.slabs import Slabs, states_in
 from statespan.models.verify_step import VerifyDecoder
@@ -148,8 +149,7 @@ _idle: WeakKeyDictionary[LanguageModel, list[Forwards]] = WeakKeyDictionary()
 
 def take(model: LanguageModel, batch_size: int, num_tokens: int) -> Forwards:
     """Forwards for `batch_size` rows, until `give_back`."""
-    addresses = (tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    key = (batch_size, num_tokens, *addresses)
+    key = (batch_size, num_tokens, *addresses(model))
     for forwards in _idle.get(model, []):
         if forwards.key == key:
             _idle[model].remove(forwards)

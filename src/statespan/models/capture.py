@@ -10,12 +10,14 @@ from torch import nn
 
 
 @contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Generator[None]:
+def capturing(
+    graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> Generator[None]:
     """What is launched inside becomes `graph`; graphs of one `pool`, a graph_pool_handle, share its memory."""
     gc_was_enabled = gc.isenabled()
     gc.disable()  # an old graph that is collected now would end the capture
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             yield
     finally:
         if gc_was_enabled:

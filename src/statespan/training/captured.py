@@ -3,7 +3,6 @@
 At small batches the host takes longer to start a layer's kernels than a GPU to run them; graphs take it out of the way.
 """
 
-import gc
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from statespan.errors import UserError
+from statespan.models.capture import capturing
 
 WARM_UPS = 2  # kernels are compiled and chosen before anything is captured
 preparing = threading.RLock()  # threads that train side by side warm up and capture one after the other
@@ -44,15 +44,8 @@ def warming_up() -> Generator[None]:
 @contextmanager
 def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Generator[None]:
     """Capture what is launched on the current stream; other threads go on with work of their own meanwhile."""
-    with preparing:
-        gc_was_enabled = gc.isenabled()
-        gc.disable()  # an old graph that is collected now would end the capture
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=_stream(), capture_error_mode="thread_local"):
-                yield
-        finally:
-            if gc_was_enabled:
-                gc.enable()
+    with preparing, capturing(graph, pool, _stream()):
+        yield
 
 
 @dataclass

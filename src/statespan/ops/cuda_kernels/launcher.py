@@ -60,7 +60,7 @@ class Kernel:
             with torch.cuda.device(device):
                 kernel = cuda_core().ObjectCode.from_cubin(code).get_kernel(self._name)
                 if shared_bytes:
-                    _allow_shared(kernel, shared_bytes, device)
+                    allow_shared(kernel, shared_bytes, device)
         except Exception as error:
             if "OUT_OF_MEMORY" in str(error):
                 raise torch.OutOfMemoryError(f"{self._name}: {first_line(error)}") from error
@@ -144,7 +144,7 @@ def _driver() -> Any:
     return import_module("cuda.bindings.driver")
 
 
-def _allow_shared(kernel: Any, count: int, device: int) -> None:
+def allow_shared(kernel: Any, count: int, device: int) -> None:
     """More dynamic shared memory than the 48 KiB of static and dynamic together that a block gets without asking."""
     driver = _driver()
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from functools import cache, cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from statespan.ops.cuda_kernels import allow_shared
 from statespan.ops.cuda_kernels.compiler import cubin, cuda_core
 
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ class Launch:
         if cluster > 1:
             self._options["cluster"] = (cluster, 1, 1)
         if shared_bytes > UNASKED_BYTES:
-            _allow_shared(self._kernel, device.index, shared_bytes)
+            allow_shared(self._kernel, shared_bytes, device.index)
 
     @cached_property
     def _config(self) -> Any:
@@ -74,14 +74,6 @@ def _load(name: str, device: int, arch: str, macros: tuple[tuple[str, str | int]
 @cache
 def _has_early_launches() -> bool:
     return hasattr(cuda_core().LaunchConfig, "programmatic_stream_serialization")
-
-
-def _allow_shared(kernel: Any, device: int, shared_bytes: int) -> None:
-    driver: Any = import_module("cuda.bindings.driver")
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (error,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, driver.CUdevice(device))
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"cuKernelSetAttribute: {error}")
 
 
 @cache
