@@ -296,6 +296,15 @@ def test_segments_of_a_token(case: Case, backend: str, kind: str, nan_in_new_ten
     close(case.run(inputs, backend), case.truth(inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int32])
+@pytest.mark.parametrize(("case", "backend"), SEQUENCES)
+def test_segments_of_any_whole_numbers(case: Case, backend: str, dtype: torch.dtype) -> None:
+    """Also of those that have no -1."""
+    inputs = case.make(2)
+    numbers = (torch.arange(LENGTH) // 5 % 2).to(next(iter(inputs.values())).device).expand(2, LENGTH)
+    close(case.run(inputs | {"segments": numbers.to(dtype)}, backend), case.truth(inputs | {"segments": numbers}))
+
+
 # Nothing, and too much of it.
 
 

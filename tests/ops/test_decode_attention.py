@@ -198,15 +198,23 @@ def test_mistakes_are_one_line(change: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def paged(lengths: list[int], page_size: int, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float32):
-    """Arguments in which all that no row sees is NaN, and for each row its query, keys and values in order."""
+def paged(
+    lengths: list[int],
+    page_size: int,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+):
+    """Arguments in which all that no row sees is NaN, what its window has left behind too."""
     most = -(-max(*lengths, 1) // page_size) + 1
     pages = torch.full((len(lengths) * most + 1, page_size, 2 * kv_heads, 16), math.nan, dtype=dtype)
     table = torch.randperm(len(pages) - 1)[: len(lengths) * most].view(len(lengths), most).int() + 1
     query = torch.randn(len(lengths), heads, 16, dtype=dtype)
     for row, used in enumerate(lengths):
-        slot = torch.arange(used)
-        pages[table[row][slot // page_size].long(), slot % page_size] = torch.randn(used, 2 * kv_heads, 16, dtype=dtype)
+        slot = torch.arange(used - min(used, window or used), used)
+        values = torch.randn(len(slot), 2 * kv_heads, 16, dtype=dtype)
+        pages[table[row][slot // page_size].long(), slot % page_size] = values
     key, value = pages.chunk(2, dim=2)
     return {
         "query": query,
@@ -235,7 +243,7 @@ def in_one_piece(p: dict[str, Any], row: int) -> dict[str, Any]:
 @pytest.mark.parametrize("window", [None, 1, 13, 500])
 @pytest.mark.parametrize("page_size", [1, 16, 24, 64])
 def test_pages(page_size: int, window: int | None, backend: str) -> None:
-    p = paged([70, 0, 1, 64, 133], page_size) | {"sliding_window": window, "scale": 0.4}
+    p = paged([70, 0, 1, 64, 133], page_size, window=window) | {"sliding_window": window, "scale": 0.4}
     y = paged_decode_attention(**p, backend=backend)
     for row in range(len(y)):
         exact = truth(in_one_piece(p, row))[0]

@@ -1,5 +1,6 @@
 """The CUDA kernels of decoding steps compile for every kind of GPU, without one: few spills, little shared memory."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -267,6 +268,16 @@ def test_every_argument_is_what_the_kernel_takes(case: str, launched, monkeypatc
     assert calls
 
 
+def test_tokens_of_32_bits_are_widened(launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch's embedding takes them; the kernel reads 64 bits of each."""
+    passed: list[torch.Tensor] = []
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, ids, *_: passed.append(ids))
+    embed = tokens.kernel_embedder(torch.zeros(50, HIDDEN, dtype=BF16), 3, F32)
+    for dtype in (torch.int32, torch.int64):
+        embed(torch.tensor([[4, 0], [7, 0], [2, 0]], dtype=dtype)[:, 0])
+        assert passed[-1].dtype == torch.int64 and passed[-1].is_contiguous() and passed[-1].tolist() == [4, 7, 2]
+
+
 def test_every_kernel_file_is_compiled_here(launched) -> None:
     with torch.no_grad():
         for case in CASES.values():
@@ -279,6 +290,59 @@ def test_weights_that_cannot_be_read_by_16_bytes_are_left_to_the_layers(launched
     assert cuda.mamba1(layer.step_weights(RMSNorm(HIDDEN + 4, 1e-5).to(BF16)), 1, F32, BF16) is None
     assert cuda.feed_forward(_moe(MoEConfig(num_experts=4, intermediate_size=20)), 1, F32) is None
     assert not launched
+
+
+def aside(value: torch.Tensor) -> torch.Tensor:
+    """A copy that begins 4 bytes behind a multiple of 16, as a parameter in one memory of many may."""
+    memory = value.new_zeros(value.numel() + 4 // value.element_size())
+    return memory[4 // value.element_size() :].view(value.shape).copy_(value)
+
+
+SMALL = ("norm", "conv_weight", "conv_bias", "dt_bias", "A_log", "D")  # beside the projections
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("name", SMALL)
+def test_parameters_that_begin_between_16_bytes_are_left_to_the_layers(name: str, rows: int, launched) -> None:
+    """The kernels load some of them by 16 bytes; where these are not aligned, the GPU stops for good."""
+    width = 512
+    with torch.no_grad():
+        pairs = [(Mamba1(width, Mamba1Config()).to(BF16), RMSNorm(width, 1e-5).to(BF16)) for _ in range(2)]
+        states = [layer.new_state(rows, torch.device("cpu"), BF16) for layer, _ in pairs]
+        first, second = (layer.step_weights(norm) for layer, norm in pairs)
+        strange = dataclasses.replace(second, **{name: aside(getattr(second, name))})
+        places = [(state.conv, state.ssm) for state in states]
+        assert stack.mamba1_stack([first, second], places, F32) is not None
+        assert stack.mamba1_stack([first, strange], places, F32) is None
+        assert cuda.mamba1(first, rows, F32, BF16) is not None
+        assert cuda.mamba1(strange, rows, F32, BF16) is None
+        assert verify.mamba1(strange, rows, 3, F32, BF16) is None
+        if name == "norm":
+            weights = HeadWeights(strange.norm, 1e-5, first.in_proj, 100)
+            assert cuda.head(dataclasses.replace(weights, norm=first.norm), rows, F32) is not None
+            assert cuda.head(weights, rows, F32) is None
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_norm_of_an_mlp_that_begins_between_16_bytes(rows: int, launched) -> None:
+    with torch.no_grad():
+        weights = MLP(HIDDEN, MLPConfig(intermediate_size=512)).to(BF16).step_weights(RMSNorm(HIDDEN, 1e-5).to(BF16))
+        assert cuda.feed_forward(weights, rows, F32) is not None
+        launched.clear()
+        assert cuda.feed_forward(dataclasses.replace(weights, norm=aside(weights.norm)), rows, F32) is not None
+    assert not launched  # PyTorch's products, and a norm that takes it
+
+
+@pytest.mark.parametrize("change", [lambda x: x.to(BF16), lambda x: x.t().contiguous().t()])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_decays_of_another_kind_are_left_to_the_layers(rows: int, change, launched) -> None:
+    """Kernels take addresses of float32 without gaps."""
+    with torch.no_grad():
+        layer, norm = Mamba1(512, Mamba1Config()).to(BF16), RMSNorm(512, 1e-5).to(BF16)
+        state, weights = layer.new_state(rows, torch.device("cpu"), BF16), layer.step_weights(norm)
+        strange = dataclasses.replace(weights, A_log=change(weights.A_log))
+        assert stack.mamba1_stack([strange, strange], [(state.conv, state.ssm)] * 2, F32) is None
+        assert cuda.mamba1(strange, rows, F32, BF16) is None
 
 
 def _moe(config: MoEConfig):

@@ -546,7 +546,7 @@ def check_verify(layer, norm, rows: int, count: int, kind: str, stream: torch.dt
     step = prepare_verify(layer.step_weights(norm), rows, count, stream, dtype)
     assert step is not None
     before = state.clone()
-    after = layer.new_state(rows * count, norm.weight.device, dtype)._map(lambda tensor: tensor.fill_(torch.nan))
+    after = layer.new_state(rows * count, norm.weight.device, dtype).map(lambda tensor: tensor.fill_(torch.nan))
     found = step(hidden.flatten(0, 1).clone(), state.conv, state.ssm, after.conv, after.ssm)
     assert torch.equal(before.conv, state.conv) and torch.equal(before.ssm, state.ssm)
     ours = (found.view(rows, count, -1), after.conv.unflatten(0, (count, rows)), after.ssm.unflatten(0, (count, rows)))

@@ -11,7 +11,6 @@ from statespan import ops
 TOKENS, WIDTH, LAST, BEFORE = 1 << 20, 2056, 1000, 8  # a conv looks back 3 tokens
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-pytestmark = pytest.mark.usefixtures("room_for_large_tensors")
 Op = Callable[[Tensor, slice], Tensor]  # of x [t WIDTH], tokens `slice` of all
 
 
@@ -113,3 +112,29 @@ def test_states_of_more_than_2_to_the_31_numbers() -> None:
     close(y[-last:], expected)
     close(after[-last:], expected_after)
     close(after[:last], update(slice(last))[1])
+
+
+def apart(x: Tensor) -> Tensor:
+    """[b t g n] with its groups 2^30 numbers from each other."""
+    far, (_, tokens, groups, size) = (1 << 30) + 4096, x.shape
+    memory = torch.empty((groups - 1) * far + tokens * size, device=x.device, dtype=x.dtype)
+    return memory.as_strided(x.shape, (tokens * size, size, far, 1)).copy_(x)
+
+
+@needs_a_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["x", "B", "C"])
+def test_groups_more_than_2_to_the_31_numbers_apart(name: str) -> None:
+    """As in a transpose of [b h t p] with a million tokens."""
+    inputs = {"x": some(1, 70, 3, 16), "B": some(1, 70, 3, 16), "C": some(1, 70, 3, 16)}
+    dt, decay = some(1, 70, 3), -torch.rand(48, 16, device=DEVICE)
+
+    def run(x: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
+        leaves = [value.detach().requires_grad_() for value in (x, B, C)]
+        y = ops.ssd(x=leaves[0], dt=dt, A=decay[:3, 0], B=leaves[1], C=leaves[2], backend="triton")
+        u, steps = leaves[0].flatten(2), dt.repeat_interleave(16, dim=2)
+        scanned = ops.selective_scan(u, steps, decay, leaves[1], leaves[2], backend="triton")
+        return [y, scanned, *torch.autograd.grad([y.sum(), scanned.sum()], leaves)]
+
+    expected, found = run(**inputs), run(**inputs | {name: apart(inputs[name])})
+    assert all(map(torch.equal, found, expected))

@@ -76,6 +76,18 @@ def test_what_triton_specialises_on_is_looked_up_again(kernel: Kernel) -> None:
     assert all(len(compiled.launched) == 1 for compiled in kernel.compiled)
 
 
+@pytest.mark.parametrize(("hip", "forms"), [(False, 1), (True, 2)])
+def test_memory_of_2_gib_is_another_form_for_amd(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, hip: bool, forms: int
+) -> None:
+    """Triton's machine code for less of it counts in 32 bits there."""
+    monkeypatch.setattr(launcher, "HIP", hip)
+    small, large = (torch.empty(size, dtype=torch.int8, device="meta") for size in ((1 << 31) - 1, 1 << 31))
+    for x in (small, large, large[:5], small[:5]):
+        launch(kernel, x, None)
+    assert len(kernel.compiled) == forms
+
+
 def test_another_kernel_is_not_this_one(kernel: Kernel) -> None:
     other, x = Kernel(), torch.zeros(4)
     for each in (kernel, other, kernel, other):

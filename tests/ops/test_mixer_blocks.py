@@ -368,9 +368,40 @@ def test_frozen_weights_and_unused_outputs(block: Block) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@both_blocks
+def test_an_input_of_a_wrong_shape_or_device_is_one_clear_line(block: Block) -> None:
+    """Kernels take addresses: what is not refused here is read beyond its end."""
+    segments = torch.zeros(BATCH, 5, dtype=torch.int64)
+    inputs = block.problem(5) | {"segments": segments}
+
+    def run(name: str, value: Tensor) -> None:
+        given = inputs | {name: value}
+        block.at_once(given.pop("segments"), block.option, **given)
+
+    for name, value in inputs.items():
+        shorter = value[..., :-1] if name == "conv_weight" else value[:-1]
+        with pytest.raises(UserError, match=f"^{block.__name__.lower()}_block: "):
+            run(name, value[None])
+        if name not in ("conv_weight", "A_log", "dt_proj"):  # which say how many there are of others
+            with pytest.raises(UserError, match=f"^{block.__name__.lower()}_block: "):
+                run(name, shorter)
+        with pytest.raises(UserError, match=r"is on .*, and .* on .*; move them to one device$"):
+            run(name, value.to("meta"))
+
+
+@both_blocks
+def test_no_token_and_unknown_names(block: Block) -> None:
+    with pytest.raises(UserError, match="hidden has no time step"):
+        block.at_once(None, block.option, **block.problem(0))
+    option, more = ("euler", {}) if block is Mamba1 else (False, {"discretization": "euler"})
+    with pytest.raises(UserError, match="unknown discretization: 'euler'"):
+        block.at_once(None, option, **block.problem(5), **more)
+
+
 @pytest.mark.parametrize(
     ("block", "name", "message"),
     [
+        (Mamba1, "D", r"mamba1_block: D must be \[d\] = \[24\], got \[23\]"),
         (Mamba1, "x_proj", r"mamba1_block: x_proj must be \[r\+2n d\] = \[19, 24\], got \[18, 24\]"),
         (Mamba1, "out_proj", r"mamba1_block: out_proj must be \[h d\] = \[16, 24\], got \[15, 24\]"),
         (Mamba2, "in_proj", "must be a multiple of the heads"),

@@ -97,3 +97,7 @@ def test_bad_arguments_are_told() -> None:
         sampling_edge(weights, top_p=torch.ones(2))
     with pytest.raises(UserError, match=r"weights"):
         sampling_edge(weights[0])
+    with pytest.raises(UserError, match=r"top_k must be int64, got torch\.int32"):  # kernels take addresses
+        sampling_edge(weights, torch.ones(3, dtype=torch.int32))
+    with pytest.raises(UserError, match=r"top_p must be float32, got torch\.float64"):
+        sampling_edge(weights, top_p=torch.ones(3, dtype=torch.float64))

@@ -2,7 +2,7 @@
 
 import torch
 
-from statespan.ops.segments import PADDING, RESTARTS, run_numbers, token_marks
+from statespan.ops.segments import PADDING, RESTARTS, run_numbers, signed_numbers, token_marks
 
 
 def test_marks_and_runs_equal_a_walk_along_the_row() -> None:
@@ -17,3 +17,12 @@ def test_marks_and_runs_equal_a_walk_along_the_row() -> None:
             last = number if number >= 0 else last
             assert marks[row, place] == (PADDING if number < 0 else RESTARTS if restarts else 0)
             assert runs[row, place] == run
+
+
+def test_numbers_that_kernels_read_have_a_sign_and_no_gaps() -> None:
+    assert signed_numbers(None) is None
+    for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        segments = torch.tensor([[0, 1], [1, 1], [1, 0]]).to(dtype).t()
+        found = signed_numbers(segments)
+        assert found is not None and found.is_contiguous() and torch.equal(found, segments.long())
+        assert found.dtype == (torch.int32 if dtype == torch.int32 else torch.int64)

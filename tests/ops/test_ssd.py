@@ -657,7 +657,6 @@ def test_nothing_is_read_before_it_is_written(backend: str) -> None:
 
 
 @on_gpu
-@pytest.mark.usefixtures("room_for_large_tensors")
 def test_a_million_tokens(backend: str) -> None:
     """Offsets pass 2^31: the last tokens as if alone, with the state before them."""
     length, heads, last = 1 << 20, 36, 1000

@@ -1,6 +1,7 @@
 """One-token updates against the recurrences written out in float64, channel by channel."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -233,6 +234,31 @@ def test_outputs_may_hold_anything_before(backend, nan_in_new_tensors):
     for update, make in ((selective_state_update, selective_inputs), (ssd_state_update, ssd_inputs)):
         inputs, options = make()
         assert all(v.isfinite().all() for v in update(*inputs, **options, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_states_the_output_is_the_skip(backend, nan_in_new_tensors):
+    backend = "auto" if backend in GPU else backend
+    inputs, options = selective_inputs(states=0)
+    y, state = selective_state_update(*inputs, **options, backend=backend)
+    torch.testing.assert_close(y, options["D"] * inputs[1] * torch.nn.functional.silu(options["z"]))
+    assert state.shape == inputs[0].shape
+    inputs, options = ssd_inputs(states=0)
+    y, state = ssd_state_update(*inputs, **options, backend=backend)
+    torch.testing.assert_close(y, options["D"][:, None] * inputs[1])
+    assert state.shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("update", [selective_state_update, ssd_state_update])
+def test_without_states_no_kernel_is_asked(update, monkeypatch):
+    """Nothing of the output would be written."""
+    limits = []
+    module = sys.modules["statespan.ops.state_update"]
+    monkeypatch.setattr(module, "resolve", lambda *_, too_large: limits.append(too_large) or "reference")
+    for states in (0, 1):
+        inputs, _ = (selective_inputs if update is selective_state_update else ssd_inputs)(states=states)
+        update(*inputs)
+    assert [[name for name, _ in limit] for limit in limits] == [["triton"], []]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import timeit
 from importlib import import_module
 
 import pytest
@@ -59,10 +60,11 @@ def test_the_nearest_row_of_the_kind_of_gpu_rules(table, monkeypatch) -> None:
 def test_a_look_up_costs_little(table) -> None:
     forward = tunable("rms_norm.forward")
     forward.best(CPU, 768)
-    start = time.perf_counter()
-    for _ in range(10000):
-        forward.best(CPU, 768)
-    assert (time.perf_counter() - start) / 10000 < 5e-6  # it is about 0.4 us
+    look_up, plain = (
+        min(timeit.repeat(call, number=1000, repeat=20, timer=time.process_time))
+        for call in (lambda: forward.best(CPU, 768), lambda: int("768"))
+    )
+    assert look_up < 10 * plain  # 0.14 us against 0.10, each at its best of twenty: the machine may be busy
 
 
 def fake_timer(best: dict[str, int], known: tuning.Tunable):

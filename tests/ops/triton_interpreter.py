@@ -6,6 +6,7 @@ Run by test_triton_kernels.py in a process of its own, with TRITON_INTERPRET=1 s
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from types import FunctionType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,25 @@ from torch import Tensor
 from statespan.ops.custom_op import gradients
 
 Pair = tuple[Tensor | None, Tensor | None]
+
+
+def patch_once() -> None:
+    """Triton's language is made the interpreter's once for each module of kernels.
+
+    The interpreter does it again for every function that a kernel calls, which takes half of the time.
+    """
+    from triton.runtime import interpreter
+
+    patch, modules = interpreter._patch_lang, set[str]()
+
+    def once(function: FunctionType) -> SimpleNamespace:
+        module = function.__globals__["__name__"]
+        if module not in modules:
+            modules.add(module)
+            patch(function)
+        return SimpleNamespace(restore=lambda: None)  # it stays: nothing else runs here
+
+    interpreter._patch_lang = once
 
 
 def wide(*values: Tensor | None) -> list[Tensor | None]:
@@ -77,7 +97,7 @@ def causal_conv1d() -> Iterator[Pair]:
 
     triton_backend.SEARCH = 4
     triton_backend._strips = lambda shape, *_: (-(-shape[1] // 6), 6)
-    segments = (None, "packed", "anything", "mostly padding")
+    segments = (None, "packed", "anything", "mostly padding", "unsigned")
     for length, taps, kind, state in product((1, 21), (1, 4), segments, (False, True)):
         x, weight, bias = torch.randn(2, length, 41)[..., 1:21], torch.randn(20, taps), torch.randn(20)
         initial = torch.randn(2, taps - 1, 20) if state else None
@@ -158,6 +178,8 @@ def segments_of(kind: str | None, length: int) -> Tensor | None:
         return torch.randint(0, 2, (2, length)).cumsum(1)
     if kind == "anything":
         return torch.randint(-1, 3, (2, length))
+    if kind == "unsigned":
+        return torch.randint(0, 2, (2, length)).cumsum(1).to(torch.uint8)
     return None if kind is None else torch.where(torch.rand(2, length) < 0.8, -1, 1)
 
 
@@ -207,7 +229,7 @@ def grouped_mlp() -> Iterator[Pair]:
     from statespan.ops.grouped_mlp import by_expert, triton_backend, triton_backward, triton_many, triton_routing
     from statespan.ops.grouped_mlp.experts import Experts
 
-    torch.use_deterministic_algorithms(True)  # new tensors are NaN
+    torch.set_deterministic_debug_mode("error")  # new tensors are NaN
     triton_backend.UNALIGNED = triton_backend.Tile(16, 16, 16, 2, 1)
     triton_backend._stream = lambda weight, rows, size: triton_backend.Tile(16, rows, 16, 2, 1)
     triton_backend.multiprocessors = lambda device: 40
@@ -254,7 +276,7 @@ def decode_attention() -> Iterator[Pair]:
     from statespan.ops.decode_attention import reference, triton_backend
     from statespan.ops.decode_attention.paged import append_token
 
-    torch.use_deterministic_algorithms(True)  # new tensors are NaN
+    torch.set_deterministic_debug_mode("error")  # new tensors are NaN
     triton_backend.SLOTS = 16
     for (heads, kv_heads, head_dim), window, (programs, used) in product(
         ((4, 2, 16), (20, 1, 24)), (None, 5), ((1, 53), (20, 53), (20, 20))
@@ -276,8 +298,8 @@ def decode_attention() -> Iterator[Pair]:
         pages, most = torch.full((200, page_size, 2 * kv_heads, 24), float("nan")), -(-60 // page_size)
         table = torch.randperm(199)[: 3 * most].view(3, most).int() + 1
         for row, used in enumerate(lengths.tolist()):
-            slot = torch.arange(used)
-            pages[table[row][slot // page_size].long(), slot % page_size] = torch.randn(used, 2 * kv_heads, 24)
+            slot = torch.arange(used - min(used, window or used), used)
+            pages[table[row][slot // page_size].long(), slot % page_size] = torch.randn(len(slot), 2 * kv_heads, 24)
         arguments = (torch.randn(3, heads, 24), *pages.chunk(2, dim=2), table, lengths, window, 0.3)
         yield (
             triton_backend.paged_decode_attention(*arguments),
@@ -328,6 +350,7 @@ def vjp(
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    patch_once()
     count = 0
     groups = (
         weights,

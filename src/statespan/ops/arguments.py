@@ -1,6 +1,6 @@
 """Checks of an op's arguments, each with one clear line when it fails."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
             first, device = name, tensor.device
         elif tensor.device != device:
             raise UserError(f"{op}: {first} is on {device}, and {name} on {tensor.device}; move them to one device")
+
+
+def check_tensors(op: str, wanted: Mapping[str, tuple[Tensor | None, str, tuple[int, ...]]]) -> None:
+    """Raise UserError unless each tensor that is there has its shape, told in letters, and all are on one device."""
+    for name, (tensor, letters, shape) in wanted.items():
+        check_shape(op, name, tensor, letters, shape)
+    check_devices(op, **{name: tensor for name, (tensor, _, _) in wanted.items()})
 
 
 def check_name(kind: str, name: str, known: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -26,8 +27,8 @@ def cache_directory() -> Path | None:
 
 
 def store(path: Path, code: bytes) -> None:
-    """Write so that a reader in another process sees all of it or nothing. A full disk costs only the cache."""
-    temporary = path.with_suffix(f".{os.getpid()}")
+    """Write so that another thread or process reads all of it or nothing. A full disk costs only the cache."""
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}")  # containers that share a folder have equal process ids
     try:
         temporary.write_bytes(code)
         temporary.replace(path)

@@ -5,6 +5,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+TOGETHER = 64  # tokens that a program of the Triton kernels looks at together, at the most
+
 
 @overload
 def last_contiguous(tensor: Tensor) -> Tensor: ...
@@ -13,6 +15,16 @@ def last_contiguous(tensor: Tensor | None) -> Tensor | None: ...
 def last_contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor with a contiguous last dimension; the outer strides stay."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def near(tensor: Tensor) -> Tensor:
+    """[b t g n] with a contiguous last dimension, whose offsets within TOGETHER tokens have 32 bits."""
+    tokens, groups = min(tensor.shape[1], TOGETHER), tensor.shape[2]
+    return (
+        last_contiguous(tensor)
+        if tokens * tensor.stride(1) + groups * tensor.stride(2) < 2**31
+        else tensor.contiguous()
+    )
 
 
 @overload

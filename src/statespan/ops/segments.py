@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from statespan.ops.layout import contiguous
+
 CONTINUES, RESTARTS, PADDING = 0, 1, 2
 
 
@@ -18,6 +20,13 @@ def token_marks(segments: Tensor) -> Tensor:
     previous = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
     changes = segments.gather(1, previous.clamp(min=0)) != segments
     return torch.where(real, (changes & (previous >= 0)).to(torch.int8) * RESTARTS, PADDING).to(torch.int8)
+
+
+def signed_numbers(segments: Tensor | None) -> Tensor | None:
+    """The numbers without gaps, in 32 or 64 bits: kernels put -1 where there is no token."""
+    if segments is None or segments.dtype == torch.int32:
+        return contiguous(segments)
+    return segments.to(torch.int64).contiguous()
 
 
 def run_numbers(segments: Tensor) -> Tensor:

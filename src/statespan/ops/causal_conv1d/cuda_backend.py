@@ -10,6 +10,7 @@ from torch import Tensor
 from statespan.ops.cuda_kernels import Kernel, Launch, address, scalar_type
 from statespan.ops.gpu import multiprocessors
 from statespan.ops.layout import contiguous, contiguous_float32, last_contiguous
+from statespan.ops.segments import signed_numbers
 
 CHANNELS, AHEAD = 64, 8  # of a warp, and tokens that it has on their way
 WARPS = 4  # of a block
@@ -112,7 +113,7 @@ def forward(
         return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     x = _rows(x)
     weight, bias, initial_state = contiguous_float32(weight), contiguous_float32(bias), contiguous(initial_state)
-    segments = _numbers(segments)
+    segments = signed_numbers(segments)
     plan = _plan(_layout((x,), weight, bias, initial_state, None, segments, silu))
     plan.walk(
         *(address(x), x.stride(0), address(weight), address(bias), address(initial_state), address(segments)),
@@ -146,7 +147,7 @@ def backward(
             grad_initial.zero_() if grad_final_state is None else grad_initial.copy_(grad_final_state)
         return grad_x, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), grad_initial
     x, grad_y, wide = _rows(x), _rows(grad_y), contiguous_float32(weight)
-    offsets, initial_state, segments = contiguous_float32(bias), contiguous(initial_state), _numbers(segments)
+    offsets, initial_state, segments = contiguous_float32(bias), contiguous(initial_state), signed_numbers(segments)
     through, matrix, grad_final_state = contiguous(through), contiguous(matrix), contiguous(grad_final_state)
     inner = 0 if matrix is None else matrix.shape[0]
     layout = _layout((x, grad_y, grad_x), wide, offsets, initial_state, grad_final_state, segments, silu, inner)
@@ -194,10 +195,3 @@ def _layout(
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with contiguous channels, and its tokens close enough."""
     return last_contiguous(tensor) if tensor.stride(1) < MOST_ROW else tensor.contiguous()
-
-
-def _numbers(segments: Tensor | None) -> Tensor | None:
-    """Segments' numbers of 32 or 64 bits."""
-    if segments is None or segments.dtype == torch.int32:
-        return contiguous(segments)
-    return segments.to(torch.int64).contiguous()

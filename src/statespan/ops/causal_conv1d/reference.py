@@ -20,7 +20,7 @@ def causal_conv1d(
     window = x.new_zeros(batch, taps - 1, channels, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if segments is None:
         segments = torch.zeros(batch, length, dtype=torch.int64, device=x.device)
-    current = torch.full_like(segments[:, :1], -1)  # [b 1]; -1: no real token was seen yet
+    current = torch.full_like(segments[:, :1], -1, dtype=torch.int64)  # [b 1]; -1: no real token was seen yet
     outputs = []
     for t in range(length):
         segment = segments[:, t : t + 1]

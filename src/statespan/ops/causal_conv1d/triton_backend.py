@@ -10,6 +10,7 @@ from statespan.ops.causal_conv1d import triton_kernels as kernels
 from statespan.ops.causal_conv1d import triton_kernels_backward as backward_kernels
 from statespan.ops.gpu import multiprocessors
 from statespan.ops.layout import contiguous, last_contiguous
+from statespan.ops.segments import signed_numbers
 from statespan.ops.triton_kernels import on, power_of_two
 from statespan.ops.triton_kernels.launcher import launch
 from statespan.ops.tuning import Tunable
@@ -61,7 +62,7 @@ def forward(
             weight,
             contiguous(bias),
             contiguous(initial_state),
-            contiguous(segments),
+            signed_numbers(segments),
             y,
             final_state,
             length,
@@ -117,7 +118,7 @@ def backward(
             weight,
             contiguous(bias),
             contiguous(initial_state),
-            contiguous(segments),
+            signed_numbers(segments),
             grad_x,
             parts,
             grad_initial_state,

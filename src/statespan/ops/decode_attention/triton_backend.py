@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """Attention of one token on GPUs: tensors to the kernels of `triton_kernels.py`. The host never learns the length."""
 
 import torch
@@ -9,6 +7,7 @@ from statespan.ops.decode_attention import triton_kernels as kernels
 from statespan.ops.gpu import multiprocessors, shared_memory
 from statespan.ops.layout import contiguous, last_contiguous
 from statespan.ops.triton_kernels import on, power_of_two
+from statespan.ops.triton_kernels.launcher import start
 
 SLOTS = 64  # slots that are read together
 STAGES = 4
@@ -88,7 +87,9 @@ def _run(
     if splits > 1:
         sums = torch.empty(batch * heads * splits * (head_dim + 1), dtype=torch.float32, device=query.device)
     with on(query.device):
-        kernels.attend[(kv_heads, splits, batch)](
+        start(
+            kernels.attend,
+            (kv_heads, splits, batch),
             query,
             key,
             value,
@@ -118,7 +119,9 @@ def _run(
             num_warps=4,
         )
         if sums is not None:
-            kernels.combine[(batch * heads,)](
+            start(
+                kernels.combine,
+                (batch * heads,),
                 sums,
                 length,
                 out,
@@ -153,7 +156,9 @@ def append_token(
     query = torch.empty(batch, heads, head_dim, dtype=key.dtype, device=qkv.device)
     cos, sin = (None, None) if angles is None else (angle.contiguous() for angle in angles)
     with on(qkv.device):
-        kernels.append[(batch, all_heads)](
+        start(
+            kernels.append,
+            (batch, all_heads),
             qkv,
             cos,
             sin,

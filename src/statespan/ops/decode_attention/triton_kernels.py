@@ -91,9 +91,11 @@ def attend(
     weight = tl.zeros([HEADS], tl.float32)
     mean = tl.zeros([HEADS, DIMS], tl.float32)
     for start in tl.range(begin, end, SLOTS, num_stages=STAGES):
-        inside = start + slot < end
         place = start + slot
+        inside = place < end
         if PAGE:
+            if window is not None:  # what lies behind it may be NaN, and times 0 that is NaN
+                inside = inside & (place >= in_use - window)
             if PAGE % SLOTS == 0:  # one number, which the pipeline of k and v need not wait for
                 page = tl.load(table + batch * table_stride + start // PAGE).to(tl.int64) + tl.zeros([SLOTS], tl.int64)
             else:
@@ -107,8 +109,6 @@ def attend(
         v = tl.load(v_at, inside[:, None] & (dim < head_dim)[None], 0.0)
         if PAGE:
             seen = inside
-            if window is not None:
-                seen = seen & (place >= in_use - window)
         else:
             token = tl.load(position + batch * position_stride + place, inside, -1)
             seen = token >= 0

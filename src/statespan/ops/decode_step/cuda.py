@@ -20,6 +20,7 @@ from statespan.ops.decode_step.project import (
     Normed,
     Product,
     aligned,
+    based,
     fits,
 )
 from statespan.ops.decode_step.stream import product
@@ -32,13 +33,13 @@ MOST_READ_AGAIN = 200 << 20  # bytes of experts; beyond, the grouped products, w
 
 
 def readable(projections: Sequence[Projection], plain: Sequence[Tensor | None], exact: Sequence[Tensor]) -> bool:
-    """Whether the kernels can read these: weights by 16 bytes, parameters of one type without gaps, float32 others."""
+    """Whether the kernels can read these, by 16 bytes: weights, parameters of one type, and float32 others."""
     there = [weight for weight in plain if weight is not None]
     return (
         all(map(aligned, projections))
-        and all(weight.is_contiguous() and weight.dtype in TYPES for weight in there)
+        and all(based(weight) and weight.dtype in TYPES for weight in there)
         and len({weight.dtype for weight in there}) <= 1
-        and all(value.is_contiguous() and value.dtype == torch.float32 for value in exact)
+        and all(based(value) and value.dtype == torch.float32 for value in exact)
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from statespan.ops.activation import activate
 from statespan.ops.decode_step.multiply import Multiply, multiplies
-from statespan.ops.decode_step.project import TYPES, Convolved, Normed
+from statespan.ops.decode_step.project import TYPES, Convolved, Normed, based
 from statespan.ops.decode_step.update import Convolve, Normalize, Recur, Update, mamba2_update
 from statespan.ops.decode_step.weights import FeedForwardWeights, HeadWeights, Mamba1Weights, Mamba2Weights, Projection
 from statespan.ops.linear import add_product, linear
@@ -108,7 +108,7 @@ def head(w: HeadWeights, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tens
 
 def normalizer(norm: Normed, rows: int, hidden_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The normalised residual stream, in the dtype of the norm."""
-    if norm.weight.dtype in TYPES and norm.weight.is_contiguous() and norm.weight.shape[0] % 4 == 0:
+    if norm.weight.dtype in TYPES and based(norm.weight) and norm.weight.shape[0] % 4 == 0:
         return Normalize(norm, rows, hidden_dtype, norm.weight.dtype)
     return lambda hidden: rms_norm(hidden, norm.weight, eps=norm.epsilon)
 

@@ -56,13 +56,17 @@ class Chosen:
     summed: bool
 
 
+def based(parameter: Tensor) -> bool:
+    """Whether it has no gaps and begins at a multiple of 16 bytes: a view into memory of many may not."""
+    return parameter.is_contiguous() and parameter.data_ptr() % 16 == 0
+
+
 def aligned(projection: Projection) -> bool:
     """Whether the kernel can read the weights, 16 bytes at a time."""
     weight = projection.weight
     return (
         weight.dtype in TYPES
-        and weight.is_contiguous()
-        and weight.data_ptr() % 16 == 0
+        and based(weight)
         and weight.shape[-1] * weight.element_size() % 16 == 0
         and weight.shape[-1] % 4 == 0
     )

@@ -10,7 +10,7 @@ from statespan.ops.arguments import DISCRETIZATIONS
 from statespan.ops.decode_step import many_stack
 from statespan.ops.decode_step.launch import Launch
 from statespan.ops.decode_step.multiply import HALVES
-from statespan.ops.decode_step.project import FEW_ROWS, TYPES, aligned
+from statespan.ops.decode_step.project import FEW_ROWS, TYPES, aligned, based
 from statespan.ops.decode_step.weights import Mamba1Weights
 from statespan.ops.gpu import multiprocessors, shared_memory
 
@@ -120,9 +120,9 @@ def _plain(w: Mamba1Weights) -> bool:
         all(p.plain and p.scale is None and p.bias is None and aligned(p) for p in projections)
         and {p.weight.dtype for p in projections} <= {w.in_proj.weight.dtype}
         and w.in_proj.weight.dtype in HALVES
-        and all(value.is_contiguous() and value.dtype == w.norm.dtype for value in small)
+        and all(based(value) and value.dtype == w.norm.dtype for value in small)
         and w.norm.dtype in TYPES
-        and all(value.is_contiguous() and value.dtype == torch.float32 for value in (w.dt_bias, w.A_log, w.D))
+        and all(based(value) and value.dtype == torch.float32 for value in (w.dt_bias, w.A_log, w.D))
         and w.A_log.shape[1] == STATES
         and not w.inner_norms
     )

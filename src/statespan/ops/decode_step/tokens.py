@@ -41,7 +41,7 @@ def kernel_embedder(table: Tensor, rows: int, hidden_dtype: torch.dtype) -> Call
 
     def embed(ids: Tensor) -> Tensor:
         hidden = torch.empty(rows, hidden_size, dtype=hidden_dtype, device=table.device)
-        launch(ids.contiguous(), table, hidden)
+        launch(ids.to(torch.int64).contiguous(), table, hidden)
         return hidden
 
     return embed

@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """Experts' MLPs on GPUs: tensors to the kernels of `triton_kernels.py`. Nothing waits for the device."""
 
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from statespan.ops.grouped_mlp.experts import Experts
 from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, fill_unserved, gather, sort
 from statespan.ops.layout import contiguous
 from statespan.ops.triton_kernels import on, power_of_two
+from statespan.ops.triton_kernels.launcher import start
 from statespan.ops.tuning import Tunable
 
 LONG = 4096  # inputs from which int8 weights have rows of their own in the tuning table
@@ -196,7 +195,9 @@ def products(
         grid = (blocks, min(choices, num_experts), splits)
     else:
         grid = ((choices // tile.rows + min(choices, num_experts)) * blocks, 1, splits)
-    kernels.products[grid](
+    start(
+        kernels.products,
+        grid,
         x,
         weight,
         contiguous(bias),

@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """The backward of the experts' MLPs on GPUs. Nothing waits for the device."""
 
 import torch
@@ -13,6 +11,7 @@ from statespan.ops.grouped_mlp.triton_backend import GROUP, product_tile, produc
 from statespan.ops.grouped_mlp.triton_routing import Sorted, aligned, combine, gather, sort
 from statespan.ops.layout import contiguous
 from statespan.ops.triton_kernels import on, power_of_two
+from statespan.ops.triton_kernels.launcher import start
 
 ALIGN = 64  # rows of a step of the sums over rows at the most: an expert's places begin at a multiple
 
@@ -82,7 +81,9 @@ def _through_activation(
     grad_weight: Tensor,
 ) -> None:
     inner_size = hidden.shape[1]
-    kernels.activation_gradients[(len(hidden),)](
+    start(
+        kernels.activation_gradients,
+        (len(hidden),),
         grad_hidden,
         kept,
         grad_rows,
@@ -112,7 +113,9 @@ def _weight_gradients(left: Tensor, right: Tensor, places: Sorted, y: Tensor) ->
     """y [e left right]: the sums over each expert's rows of left^T right."""
     tile = product_tile(left, y, len(left), len(left))
     blocks = -(-left.shape[1] // tile.rows) * -(-right.shape[1] // tile.weights)
-    kernels.weight_gradients[(blocks, len(places.ends))](
+    start(
+        kernels.weight_gradients,
+        (blocks, len(places.ends)),
         left,
         right,
         places.ends,
@@ -132,7 +135,9 @@ def _weight_gradients(left: Tensor, right: Tensor, places: Sorted, y: Tensor) ->
 def _bias_gradients(rows: Tensor, expert_weight: Tensor | None, places: Sorted, top_k: int, y: Tensor) -> None:
     columns = y.shape[1]
     block = min(128, power_of_two(columns))
-    kernels.bias_gradients[(-(-columns // block), len(y))](
+    start(
+        kernels.bias_gradients,
+        (-(-columns // block), len(y)),
         rows,
         expert_weight,
         places.order,

@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """Experts' products of many rows on GPUs that copy tiles by descriptors: tensors to `triton_many_kernels.py`."""
 
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from statespan.ops.grouped_mlp.experts import WIDENED
 from statespan.ops.grouped_mlp.triton_routing import Sorted
 from statespan.ops.layout import contiguous
 from statespan.ops.triton_kernels import power_of_two
+from statespan.ops.triton_kernels.launcher import start
 
 MANY = 96  # rows an expert on average from which its products are bound by the matrix units
 WIDEN_BLOCK = 8192
@@ -56,7 +55,15 @@ def widened(weight: Tensor, x: Tensor, rows: int) -> Tensor:
     if weight.dtype != torch.int8 or x.dtype == torch.float32 or rows < WIDENED:
         return weight
     wide, source = torch.empty(weight.shape, dtype=x.dtype, device=x.device), weight.contiguous()
-    plain_kernels.widen[(-(-wide.numel() // WIDEN_BLOCK),)](source, wide, wide.numel(), BLOCK=WIDEN_BLOCK, num_warps=8)
+    start(
+        plain_kernels.widen,
+        (-(-wide.numel() // WIDEN_BLOCK),),
+        source,
+        wide,
+        wide.numel(),
+        BLOCK=WIDEN_BLOCK,
+        num_warps=8,
+    )
     return wide
 
 
@@ -76,7 +83,7 @@ def schedule(places: Sorted, choices: int, *columns: int) -> Schedule:
     tiles = (choices // TILE.rows + min(choices, num_experts)) * max(blocks)
     table, counts = places.ends.new_empty(2, tiles, 4), places.ends.new_empty(2)
     block = max(16, min(256, SCHEDULE_VALUES // bins))
-    kernels.schedule[(-(-tiles // block), 2)](
+    start(kernels.schedule, (-(-tiles // block), 2),
         places.ends, table, counts, num_experts, tiles, *blocks,
         EXPERTS=bins, ROWS=TILE.rows, GROUP=GROUP, ALIGN=places.align, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -102,7 +109,9 @@ def products(
     With order, y is by choice, and each row times its factor [t 1].
     """
     gated, turned = activation in GATED, weight.stride(2) != 1
-    kernels.products_of_many[(min(tiles.table.shape[1], multiprocessors(rows.device)),)](
+    start(
+        kernels.products_of_many,
+        (min(tiles.table.shape[1], multiprocessors(rows.device)),),
         TensorDescriptor.from_tensor(rows, [TILE.rows, TILE.inputs]),
         _pairs(weight) if gated else _matrices(weight, turned),
         contiguous(scale),
@@ -153,7 +162,9 @@ def weight_gradients(left: Tensor, right: Tensor, places: Sorted, y: Tensor) -> 
     left_blocks, right_blocks = -(-left.shape[1] // TILE.rows), -(-right.shape[1] // TILE.weights)
     tiles = left_blocks * right_blocks * len(places.ends)
     rows, stages, parts = _steps_of_sums(len(left) // len(places.ends), left.device)
-    kernels.sums_of_many[(min(tiles, multiprocessors(left.device)),)](
+    start(
+        kernels.sums_of_many,
+        (min(tiles, multiprocessors(left.device)),),
         TensorDescriptor.from_tensor(left, [rows, TILE.rows]),
         TensorDescriptor.from_tensor(right, [rows, TILE.weights]),
         places.ends,

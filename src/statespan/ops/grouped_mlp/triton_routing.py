@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """Where the choices' rows go on a GPU: tensors to the kernels of `triton_routing_kernels.py`."""
 
 from dataclasses import dataclass
@@ -9,6 +7,7 @@ from torch import Tensor
 
 from statespan.ops.grouped_mlp import triton_routing_kernels as kernels
 from statespan.ops.triton_kernels import power_of_two
+from statespan.ops.triton_kernels.launcher import start
 
 SORT_VALUES = 1 << 13  # of a block's one-hot matrix [choices experts]
 SORT_PROGRAMS = 128
@@ -41,8 +40,12 @@ def sort(expert_index: Tensor, num_experts: int, align: int = 1) -> Sorted:
     places = choices + min(choices, num_experts) * (align - 1)
     order = torch.empty(places, dtype=torch.int32, device=expert_index.device)
     counts, (ends, shifts) = order.new_empty(programs, bins), order.new_empty(2, num_experts)
-    kernels.count[(programs,)](expert_index, counts, choices, blocks_each, EXPERTS=bins, BLOCK=block, num_warps=8)
-    kernels.sort[(programs,)](
+    start(
+        kernels.count, (programs,), expert_index, counts, choices, blocks_each, EXPERTS=bins, BLOCK=block, num_warps=8
+    )
+    start(
+        kernels.sort,
+        (programs,),
         expert_index,
         counts,
         order,
@@ -63,7 +66,9 @@ def sort(expert_index: Tensor, num_experts: int, align: int = 1) -> Sorted:
 def gather(x: Tensor, places: Sorted, top_k: int) -> Tensor:
     """The tokens' rows at their choices' places: a step of the products then need not look up where they are."""
     rows = x.new_empty(len(places.order), x.shape[1])
-    kernels.gather[(len(rows),)](
+    start(
+        kernels.gather,
+        (len(rows),),
         x,
         places.order,
         places.ends,
@@ -90,7 +95,9 @@ def combine(rows: Tensor, expert_index: Tensor, weight: Tensor | None, num_exper
     """The weighted sum [t h] of the choices' rows [.. t k h]."""
     tokens, hidden_size = y.shape
     block = min(1024, power_of_two(hidden_size))
-    kernels.combine[(tokens, -(-hidden_size // block))](
+    start(
+        kernels.combine,
+        (tokens, -(-hidden_size // block)),
         rows,
         expert_index,
         weight,
@@ -109,7 +116,7 @@ def combine(rows: Tensor, expert_index: Tensor, weight: Tensor | None, num_exper
 def fill_unserved(expert_index: Tensor, num_experts: int, y: Tensor) -> None:
     """The tokens of y [t h] that no expert serves, of one choice each [t 1]: zeros, or NaN for an unknown expert."""
     tokens, hidden_size = y.shape
-    kernels.fill_unserved[(-(-tokens // 64),)](
+    start(kernels.fill_unserved, (-(-tokens // 64),),
         expert_index, y, tokens, num_experts, hidden_size,
         TOKENS=64, BLOCK=min(64, power_of_two(hidden_size)), num_warps=4,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from statespan.ops.arguments import check_dim, check_shape, needs_gradients
+from statespan.errors import UserError
+from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_name, check_tensors, needs_gradients
 from statespan.ops.autocast import product_dtype
 from statespan.ops.mamba1_block import inner
 from statespan.ops.mixer_block import define_block
@@ -61,7 +62,8 @@ def mamba1_block(
         float32.
 
     Raises:
-        UserError: shapes disagree.
+        UserError: shapes or devices disagree (both in the message), or there is no time step.
+        UnknownName: an unknown discretization.
 
     Numerics: those of the ops; products in the weights' dtype, under autocast in its dtype.
     """
@@ -69,19 +71,42 @@ def mamba1_block(
     check_dim(op, "hidden", hidden, "[b t h]")
     check_dim(op, "A_log", A_log, "[d n]")
     check_dim(op, "dt_proj", dt_proj, "[d r]")
-    (channels, states), rank, size = A_log.shape, dt_proj.shape[1], hidden.shape[2]
-    check_shape(op, "update", update, "[b t h]", hidden.shape)
-    check_shape(op, "norm", norm, "[h]", (size,))
-    check_shape(op, "in_proj", in_proj, "[2d h]", (2 * channels, size))
-    check_shape(op, "x_proj", x_proj, "[r+2n d]", (rank + 2 * states, channels))
-    check_shape(op, "dt_proj", dt_proj, "[d r]", (channels, rank))
-    check_shape(op, "out_proj", out_proj, "[h d]", (size, channels))
-    for weight, length in zip(inner_norms or (), (rank, states, states), strict=False):
-        check_shape(op, "an inner norm", weight, "[r] or [n]", (length,))
+    check_dim(op, "conv_weight", conv_weight, "[d k]")
+    (batch, length, size), (channels, states) = hidden.shape, A_log.shape
+    rank, taps = dt_proj.shape[1], conv_weight.shape[1]
+    if length == 0:
+        raise UserError(f"{op}: hidden has no time step, its shape [b t h] is {list(hidden.shape)}")
+    check_name("discretization", discretization, DISCRETIZATIONS)
+    dt_norm, B_norm, C_norm = inner_norms or (None, None, None)
+    check_tensors(
+        op,
+        {
+            "hidden": (hidden, "[b t h]", (batch, length, size)),
+            "update": (update, "[b t h]", (batch, length, size)),
+            "norm": (norm, "[h]", (size,)),
+            "in_proj": (in_proj, "[2d h]", (2 * channels, size)),
+            "in_bias": (in_bias, "[2d]", (2 * channels,)),
+            "conv_weight": (conv_weight, "[d k]", (channels, taps)),
+            "conv_bias": (conv_bias, "[d]", (channels,)),
+            "x_proj": (x_proj, "[r+2n d]", (rank + 2 * states, channels)),
+            "dt_proj": (dt_proj, "[d r]", (channels, rank)),
+            "dt_bias": (dt_bias, "[d]", (channels,)),
+            "A_log": (A_log, "[d n]", (channels, states)),
+            "D": (D, "[d]", (channels,)),
+            "out_proj": (out_proj, "[h d]", (size, channels)),
+            "out_bias": (out_bias, "[h]", (size,)),
+            "inner_norms[0]": (dt_norm, "[r]", (rank,)),
+            "inner_norms[1]": (B_norm, "[n]", (states,)),
+            "inner_norms[2]": (C_norm, "[n]", (states,)),
+            "initial_conv": (initial_conv, "[b k-1 d]", (batch, taps - 1, channels)),
+            "initial_state": (initial_state, "[b d n]", (batch, channels, states)),
+            "segments": (segments, "[b t]", (batch, length)),
+        },
+    )
     dtype = product_dtype(in_proj)
     initial_conv = None if initial_conv is None else initial_conv.to(dtype)
     ends = (norm, in_proj, in_bias, out_proj, out_bias)
-    middle = (conv_weight, conv_bias, x_proj, *(inner_norms or (None, None, None)), dt_proj, dt_bias, A_log, D)
+    middle = (conv_weight, conv_bias, x_proj, dt_norm, B_norm, C_norm, dt_proj, dt_bias, A_log, D)
     tensors = (hidden, update, *ends, *middle, initial_conv, initial_state)
     keep = (1 + keep_projected * (1 + keep_convolved)) * needs_gradients(*tensors)
     options = (epsilon, discretization, epsilon, dtype, keep)

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.ops.arguments import check_dim, check_shape, needs_gradients
+from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_groups, check_name, check_tensors, needs_gradients
 from statespan.ops.autocast import product_dtype
 from statespan.ops.mamba2_block import inner
 from statespan.ops.mixer_block import define_block
@@ -67,7 +67,8 @@ def mamba2_block(
         float32.
 
     Raises:
-        UserError: shapes disagree.
+        UserError: shapes or devices disagree (both in the message), or there is no time step.
+        UnknownName: an unknown discretization.
 
     Numerics: those of the ops; products in the weights' dtype, under autocast in its dtype.
     """
@@ -76,19 +77,41 @@ def mamba2_block(
     check_dim(op, "in_proj", in_proj, "[d+c+a h]")
     check_dim(op, "conv_weight", conv_weight, "[c k]")
     check_dim(op, "A_log", A_log, "[a]")
-    channels, heads = conv_weight.shape[0], A_log.shape[0]
+    (batch, length, width), channels, heads = hidden.shape, conv_weight.shape[0], A_log.shape[0]
+    if length == 0:
+        raise UserError(f"{op}: hidden has no time step, its shape [b t h] is {list(hidden.shape)}")
+    if chunk_size < 1 or not dt_limit[0] <= dt_limit[1]:
+        raise UserError(f"{op}: chunk_size must be at least 1 and dt_limit rise, got {chunk_size} and {dt_limit}")
+    check_name("discretization", discretization, DISCRETIZATIONS)
+    check_groups(op, num_groups, "a", heads)
     size = in_proj.shape[0] - channels - heads
     if size < 1 or size % heads or channels < size or (channels - size) % (2 * num_groups):
         raise UserError(
             f"{op}: in_proj gives {in_proj.shape[0]} channels, the conv takes {channels}, and there are {heads} heads"
             f" and {num_groups} groups: d = {size} must be a multiple of the heads, and c - d one of twice the groups"
         )
-    check_shape(op, "update", update, "[b t h]", hidden.shape)
-    check_shape(op, "norm", norm, "[h]", hidden.shape[2:])
-    check_shape(op, "in_proj", in_proj, "[d+c+a h]", (in_proj.shape[0], hidden.shape[2]))
-    check_shape(op, "dt_bias", dt_bias, "[a]", (heads,))
-    check_shape(op, "gate_norm", gate_norm, "[d]", (size,))
-    check_shape(op, "out_proj", out_proj, "[h d]", (hidden.shape[2], size))
+    head_dim, states, taps = size // heads, (channels - size) // (2 * num_groups), conv_weight.shape[1]
+    check_tensors(
+        op,
+        {
+            "hidden": (hidden, "[b t h]", (batch, length, width)),
+            "update": (update, "[b t h]", (batch, length, width)),
+            "norm": (norm, "[h]", (width,)),
+            "in_proj": (in_proj, "[d+c+a h]", (in_proj.shape[0], width)),
+            "in_bias": (in_bias, "[d+c+a]", (in_proj.shape[0],)),
+            "conv_weight": (conv_weight, "[c k]", (channels, taps)),
+            "conv_bias": (conv_bias, "[c]", (channels,)),
+            "dt_bias": (dt_bias, "[a]", (heads,)),
+            "A_log": (A_log, "[a]", (heads,)),
+            "D": (D, "[a] or [a p]", (heads, head_dim)[: max(D.dim(), 1)]),
+            "gate_norm": (gate_norm, "[d]", (size,)),
+            "out_proj": (out_proj, "[h d]", (width, size)),
+            "out_bias": (out_bias, "[h]", (width,)),
+            "initial_conv": (initial_conv, "[b k-1 c]", (batch, taps - 1, channels)),
+            "initial_state": (initial_state, "[b a p n]", (batch, heads, head_dim, states)),
+            "segments": (segments, "[b t]", (batch, length)),
+        },
+    )
     norm_size = size if norm_size is None else norm_size
     if norm_size < 1 or size % norm_size:
         raise UserError(f"{op}: norm_size {norm_size} must divide d = {size}")

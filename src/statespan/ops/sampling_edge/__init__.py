@@ -53,6 +53,9 @@ def sampling_edge(
     check_shape(op, "top_k", top_k, "[n]", (len(weights),))
     check_shape(op, "top_p", top_p, "[n]", (len(weights),))
     check_devices(op, weights=weights, top_k=top_k, top_p=top_p)
+    for name, tensor, dtype in (("top_k", top_k, torch.int64), ("top_p", top_p, torch.float32)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise UserError(f"{op}: {name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
     return _sampling_edge(weights.detach(), top_k, top_p, backend)
 
 

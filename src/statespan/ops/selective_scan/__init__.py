@@ -22,7 +22,8 @@ from statespan.ops.selective_scan.inputs import Inputs, Options
 
 __all__ = ["selective_scan"]
 
-MAX_CUDA_STATES = 128
+MAX_CUDA_STATES = 128  # of a channel
+MAX_CUDA_ROWS = (1 << 16) - 1  # of a grid
 
 
 def selective_scan(
@@ -115,9 +116,13 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, Options, str]:
     """The op's arguments, but for keep_starts, as tensors, options and the name of the backend to run."""
     *tensors, dt_softplus, discretization, backend = arguments
     inputs, too_large = Inputs(*tensors), ()
-    states = inputs.B.shape[3]
-    if states > MAX_CUDA_STATES:
+    rows, states = inputs.u.shape[0], inputs.B.shape[3]
+    if states == 0:
+        too_large = tuple((kernels, "its kernels want one state a channel at least") for kernels in ("cuda", "triton"))
+    elif states > MAX_CUDA_STATES:
         too_large = (("cuda", f"its kernels hold up to {MAX_CUDA_STATES} states a channel, and B has {states}"),)
+    elif rows > MAX_CUDA_ROWS:
+        too_large = (("cuda", f"its kernels take up to {MAX_CUDA_ROWS} rows, and u has {rows}"),)
     types = (x.dtype for x in (inputs.u, inputs.dt, inputs.B, inputs.C, inputs.z) if x is not None)
     name = resolve("selective_scan", backend, inputs.u.device, *types, too_large=too_large)
     return inputs, Options(dt_softplus, discretization), name

@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false
-# A launch takes options, num_warps, that are no parameters of the kernel.
 """The selective scan on GPUs that the CUDA kernels do not serve: tensors to the kernels of `triton_kernels.py`."""
 
 from collections.abc import Callable
@@ -9,11 +7,12 @@ import torch
 from torch import Tensor
 
 from statespan.ops.gpu import multiprocessors
-from statespan.ops.layout import contiguous, contiguous_float32, last_contiguous
+from statespan.ops.layout import contiguous, contiguous_float32, last_contiguous, near
 from statespan.ops.segments import token_marks
 from statespan.ops.selective_scan import triton_kernels as kernels
 from statespan.ops.selective_scan.inputs import Inputs, Options
 from statespan.ops.triton_kernels import on, power_of_two
+from statespan.ops.triton_kernels.launcher import start
 from statespan.ops.tuning import Tunable
 
 EVERY = 32  # tokens; the backward keeps the state before each EVERY-th token and computes the others again
@@ -45,12 +44,14 @@ def selective_scan(inputs: Inputs, options: Options, keep_starts: bool) -> tuple
     starts = torch.empty(starts_shape(u, A, keep_starts), dtype=torch.float32, device=u.device)
     if final_state.numel() == 0:
         return y, final_state, starts
-    u, dt, B, C = (last_contiguous(value) for value in (u, inputs.dt, inputs.B, inputs.C))
+    u, dt, B, C = last_contiguous(u), last_contiguous(inputs.dt), near(inputs.B), near(inputs.C)
     z = last_contiguous(inputs.z)
     tuned = FORWARD.best(u.device, states)
     tile, columns, warps = _tile(tuned["tile"], channels // groups, states)
     with on(u.device):
-        kernels.forward[(batch * groups * -(-(channels // groups) // tile),)](
+        start(
+            kernels.forward,
+            (batch * groups * -(-(channels // groups) // tile),),
             *(u, dt, contiguous_float32(A), B, C, contiguous(inputs.D), z, contiguous(inputs.dt_bias)),
             contiguous_float32(initial_state),
             None if segments is None else token_marks(segments),
@@ -81,7 +82,8 @@ def gradients(
     if starts.numel() == 0:
         others = (None if x is None else torch.zeros_like(x) for x in (A, B, C, D, z, dt_bias))
         return grad_u, grad_dt, *others, grad_initial
-    grad_y, u, dt, B, C = (last_contiguous(value) for value in (grad_y, u, dt, B, C))
+    grad_y, u, dt = (last_contiguous(value) for value in (grad_y, u, dt))
+    B, C = near(B), near(C)
     z = last_contiguous(z)
     tuned = BACKWARD.best(u.device, states)
     tile, columns, warps = _tile(tuned["tile"], channels // groups, states)
@@ -91,7 +93,9 @@ def gradients(
     of_B, of_C = new(2, blocks, batch, length, groups, states)
     scratch = new(blocks * rows, EVERY, tile, columns)
     with on(u.device):
-        kernels.backward[(blocks * rows,)](
+        start(
+            kernels.backward,
+            (blocks * rows,),
             *(grad_y, contiguous_float32(grad_final), starts),
             *(u, dt, contiguous_float32(A), B, C, contiguous(D), z, contiguous(dt_bias)),
             None if segments is None else token_marks(segments),

@@ -23,7 +23,7 @@ def ssd(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     segments = inputs.segments
     if segments is None:
         segments = torch.zeros(batch, length, dtype=torch.int64, device=x.device)
-    current = torch.full_like(segments[:, 0], -1)  # [b]; -1: no real token was seen yet
+    current = torch.full_like(segments[:, 0], -1, dtype=torch.int64)  # [b]; -1: no real token was seen yet
     outputs = []
     for t in range(length):
         segment = segments[:, t]

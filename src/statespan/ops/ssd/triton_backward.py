@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from statespan.ops.layout import last_contiguous
+from statespan.ops.layout import near
 from statespan.ops.ssd import triton_kernels_backward as kernels
 from statespan.ops.ssd.triton_forward import states_kept
 from statespan.ops.ssd.triton_plan import Plan
@@ -15,7 +15,7 @@ MOST_REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
 
 def gradients(plan: Plan, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, dt_bias and the initial state, as `chunked.backward` gives them."""
-    grad_y = last_contiguous(grad_y)
+    grad_y = near(grad_y)
     kept, _ = states_kept(plan, plan.x, plan.B, plan.initial_state, reverse=False)
     grad_kept, first = states_kept(plan, grad_y, plan.C, plan.tiles(grad_final), reverse=True)
     grad_x, grad_D, sums, grad_scores = _grad_x(plan, grad_y, kept, grad_kept)

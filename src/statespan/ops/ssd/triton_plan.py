@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statespan.ops.gpu import multiprocessors
-from statespan.ops.layout import contiguous, last_contiguous
+from statespan.ops.layout import contiguous, last_contiguous, near
 from statespan.ops.segments import token_marks
 from statespan.ops.ssd import triton_kernels as kernels
 from statespan.ops.ssd.inputs import Inputs, Options
@@ -103,7 +103,7 @@ class Plan:
         self.batch, self.length, self.heads, self.dims = inputs.x.shape
         self.groups, self.states = inputs.B.shape[2:]
         self.group_heads = self.heads // self.groups
-        self.x, self.B, self.C, self.dt = (last_contiguous(v) for v in (inputs.x, inputs.B, inputs.C, inputs.dt))
+        self.x, self.B, self.C, self.dt = near(inputs.x), near(inputs.B), near(inputs.C), last_contiguous(inputs.dt)
         self.D, self.A = inputs.D, inputs.A.contiguous()
         self.dt_bias = contiguous(inputs.dt_bias)
         self.marks = None if inputs.segments is None else token_marks(inputs.segments)

@@ -171,6 +171,11 @@ def _module(backend: str) -> Any:
             return reference
 
 
+def _limits(state: Tensor) -> tuple[tuple[str, str], ...]:
+    """The backends that cannot take these sizes, and why."""
+    return (("triton", "its kernels want one state at least"),) if state.shape[-1] == 0 else ()
+
+
 def _selective_kernel(
     state: Tensor,
     u: Tensor,
@@ -186,7 +191,7 @@ def _selective_kernel(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtypes = (u.dtype, dt.dtype, B.dtype, C.dtype, state.dtype, u.dtype if z is None else z.dtype)
-    module = _module(resolve("selective_state_update", backend, u.device, *dtypes))
+    module = _module(resolve("selective_state_update", backend, u.device, *dtypes, too_large=_limits(state)))
     return module.selective_state_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, discretization)
 
 
@@ -206,7 +211,7 @@ def _ssd_kernel(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtypes = (x.dtype, dt.dtype, B.dtype, C.dtype, state.dtype)
-    module = _module(resolve("ssd_state_update", backend, x.device, *dtypes))
+    module = _module(resolve("ssd_state_update", backend, x.device, *dtypes, too_large=_limits(state)))
     return module.ssd_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, (dt_min, dt_max), discretization)
 
 

@@ -9,7 +9,7 @@ Rules of the house:
 - The last dimension is contiguous, all other strides are arguments. `rows` and `layout.last_contiguous` see to it.
 - An absent tensor is None: Triton compiles a variant of the kernel without it.
 - `launcher.launch(kernel, grid, ...)` in place of kernel[grid](...) spares Triton's look-up of a kernel that ran
-  before; not for tensor descriptors.
+  before; `launcher.start`, which does not, for tensor descriptors.
 - Sums over programs go to a row of partial sums for each and are added up afterwards, so that results repeat bit by
   bit on one machine.
 - Kernels take what they are given: float32, bfloat16 and float16 are read and written as they are and computed with in
