@@ -114,10 +114,31 @@ def test_quantised_experts_are_near() -> None:
     assert model.layers[0].feed_forward.experts.up_proj.dtype == torch.int8
 
 
+def set_aside(model: LanguageModel) -> LanguageModel:
+    """Its parameters begin 4 bytes behind multiples of 16, as views into one memory of all may."""
+    for parameter in model.parameters():
+        values, skipped = parameter.data, 4 // parameter.element_size()
+        memory = values.new_zeros(values.numel() + skipped)
+        parameter.data = memory[skipped:].view(values.shape).copy_(values)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("name", ["mamba1", "mamba2", "hybrid"])
+def test_parameters_that_begin_anywhere(name: str, device: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(7)
+    model = set_aside(small(name, dtype, hidden_size=64).to(device))
+    with torch.device(device):
+        for rows in (1, 3, 20):
+            assert largest_difference(model, rows) < (1e-4 if dtype == torch.float32 else 0.03)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("aside", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 9, 70])
-def test_blocks_that_are_one_call_on_a_gpu(rows: int) -> None:
+def test_blocks_that_are_one_call_on_a_gpu(rows: int, aside: bool) -> None:
     """Mamba-1 blocks in a row, between others."""
     torch.manual_seed(6)
     layers = ("mamba1+mlp", "mamba1", "mamba1", "mamba1", "mlp", "mamba1")
@@ -128,5 +149,6 @@ def test_blocks_that_are_one_call_on_a_gpu(rows: int) -> None:
         layers=tuple(LayerSpec.from_text(text) for text in layers),
     )
     model = build(config, seed=1, dtype=torch.bfloat16, device="cuda").eval()
+    model = set_aside(model) if aside else model
     with torch.device("cuda"):
         assert largest_difference(model, rows) < 0.03

@@ -214,6 +214,24 @@ def test_forward_compiles_without_a_break() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, model.layers[0].mixer.A_log)[0], expected_gradient)
 
 
+def test_states_made_together_are_those_that_the_mixers_make() -> None:
+    """As on a GPU, where one tensor holds a form's states of all layers."""
+    model = small("mamba1", "mamba2+mlp", "attention", "mlp", "mamba1+moe", "mamba2")
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        together = model._mamba_states(3)
+        assert sorted(together) == [0, 1, 4, 5]
+        for index, state in together.items():
+            alone = model.layers[index].mixer.new_state(3, model.device, dtype)
+            assert type(state) is type(alone)
+            for name, tensor in alone.tensors().items():
+                torch.testing.assert_close(state.tensors()[name], tensor, rtol=0, atol=0)
+                assert state.tensors()[name].is_contiguous()
+            state.ssm.add_(1.0)  # no two layers share memory
+        assert all(float(state.ssm.min()) == float(state.ssm.max()) == 1.0 for state in together.values())
+        assert [layer is None for layer in model.new_state(3).layers] == [False, False, False, True, False, False]
+
+
 def test_a_model_without_mixers_has_an_empty_state() -> None:
     model, tokens = small("mlp", "moe"), ids(2, 5)
     output = model(tokens, state=model.new_state(2))

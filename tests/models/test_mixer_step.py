@@ -5,10 +5,10 @@ import torch
 
 from statespan.layers.attention import Attention
 from statespan.layers.config import AttentionConfig, Mamba1Config, Mamba2Config
+from statespan.layers.kv_cache import KVCache
 from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mamba2 import Mamba2
 from statespan.layers.norm import RMSNorm
-from statespan.layers.state import KVCache
 from statespan.models import mixer_step
 from statespan.models.mixer_step import StaticAttention, StaticSSM, layer_step, ssm_forward
 

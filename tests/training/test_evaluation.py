@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from statespan.checkpoints import ByteTokenizer
-from statespan.layers.state import KVCache
+from statespan.layers.kv_cache import KVCache
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel, LanguageModelOutput

@@ -99,6 +99,17 @@ def test_first_update_by_hand(config: TrainingConfig):
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
+def test_a_norm_within_the_limit_is_left_alone(config: TrainingConfig):
+    found = []
+    for limit in ("null", "1e6", "1e-3"):
+        trainer = make_trainer(config.override([f"optimizer.clip_norm={limit}"]))
+        norms = [trainer.step()[0]["gradient_norm"] for _ in range(2)]
+        assert 1e-3 < norms[0] < 1e6
+        found.append(weights(trainer))
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+    assert not all(torch.equal(weight, found[2][name]) for name, weight in found[0].items())
+
+
 def test_loss_falls(config: TrainingConfig):
     config = config.override(
         ["run.max_steps=60", "run.batch_size=8", "run.accumulation_steps=1", "optimizer.learning_rate=0.01"]

@@ -1,6 +1,7 @@
 """Recording a CUDA graph, and what it is good for."""
 
 import gc
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -8,20 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
+_turn = threading.RLock()  # PyTorch has one stream for the captures of all threads
+
 
 @contextmanager
 def capturing(
     graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None
 ) -> Generator[None]:
-    """What is launched inside becomes `graph`; graphs of one `pool`, a graph_pool_handle, share its memory."""
-    gc_was_enabled = gc.isenabled()
-    gc.disable()  # an old graph that is collected now would end the capture
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            yield
-    finally:
-        if gc_was_enabled:
-            gc.enable()
+    """What is launched inside becomes `graph`; graphs of one `pool`, a graph_pool_handle, share its memory.
+
+    Threads take turns. What fails inside leaves a graph that cannot be replayed.
+    """
+    with _turn:
+        gc_was_enabled = gc.isenabled()
+        gc.disable()  # an old graph that is collected now would end the capture
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                yield
+        finally:
+            if gc_was_enabled:
+                gc.enable()
 
 
 def addresses(module: nn.Module) -> tuple[int, ...]:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from statespan.layers.attention import Attention
+from statespan.layers.kv_cache import KVCache, PagedKVCache
 from statespan.layers.linear import projection_of
 from statespan.layers.mamba1 import Mamba1
 from statespan.layers.mixer import Mixer
 from statespan.layers.mlp import MLP
 from statespan.layers.moe import MoE
 from statespan.layers.norm import RMSNorm
-from statespan.layers.state import KVCache, ModelState, PagedKVCache, SSMState, State
+from statespan.layers.state import ModelState, SSMState, State
 from statespan.models.backbone import Block
 from statespan.models.capture import capturing
 from statespan.models.mixer_step import (
@@ -231,11 +232,12 @@ class _Captured:
         return self._output
 
     def _capture(self) -> None:
-        decoder = self._decoder
-        self._graph, self._moves = torch.cuda.CUDAGraph(), decoder.moves
+        decoder, graph = self._decoder, torch.cuda.CUDAGraph()
+        self._graph = None  # also where this fails, for lack of memory: then the next call tries again
         decoder.capturing = True
         try:
-            with capturing(self._graph):
+            with capturing(graph):
                 self._output = self._run()
         finally:
             decoder.capturing = False
+        self._graph, self._moves = graph, decoder.moves

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 from weakref import WeakMethod
 
 import torch
@@ -15,7 +15,7 @@ from statespan.errors import UserError
 from statespan.layers.linear import Int8Linear, Linear, projection_of
 from statespan.layers.norm import RMSNorm
 from statespan.layers.routing import RouterMetrics
-from statespan.layers.state import ModelState, State
+from statespan.layers.state import ModelState, SSMState, State
 from statespan.models.backbone import Backbone, Block
 from statespan.models.config import ModelConfig
 from statespan.models.decoder import Decoder
@@ -68,6 +68,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self._forms: dict[torch.dtype, list[tuple[list[int], SSMState]]] = {}  # of the Mamba mixers' states
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.backbone = Backbone(config)
         if config.final_norm == "rms":
@@ -174,12 +175,24 @@ class LanguageModel(nn.Module):
 
     def new_state(self, batch_size: int) -> ModelState:
         """The state before the first token, for `batch_size` rows."""
-        return ModelState(
-            tuple(
-                None if block.mixer is None else block.mixer.new_state(batch_size, self.device, self.dtype)
-                for block in self.layers
+        layers = self._mamba_states(batch_size) if self.device.type == "cuda" else {}
+        for index, block in enumerate(self.layers):
+            if block.mixer is not None and index not in layers:
+                layers[index] = block.mixer.new_state(batch_size, self.device, self.dtype)
+        return ModelState(tuple(map(layers.get, range(len(self.backbone.layers)))))
+
+    def _mamba_states(self, batch_size: int) -> dict[int, State]:
+        """New states of the Mamba mixers by layer: two tensors for all of a form, so two launches."""
+        if self.dtype not in self._forms:
+            self._forms[self.dtype] = _forms(self.layers, self.dtype)
+        layers: dict[int, State] = {}
+        for indices, form in self._forms[self.dtype]:
+            parts = (
+                torch.zeros(len(indices), batch_size, *part.shape[1:], dtype=part.dtype, device=self.device).unbind()
+                for part in (form.conv, form.ssm)
             )
-        )
+            layers |= {index: SSMState(conv, ssm) for index, conv, ssm in zip(indices, *parts, strict=True)}
+        return layers
 
     def decoder(self, batch_size: int, *, memory: ModelState | None = None, active: Tensor | None = None) -> Decoder:
         """A fast form of `model(ids[:, None], state=)` for generation: see Decoder."""
@@ -275,6 +288,17 @@ class LanguageModel(nn.Module):
         """Type and row shape of each layer's state."""
         layers = self.new_state(0).layers
         return [None if layer is None else (layer.kind, layer.row_shape) for layer in layers]
+
+
+def _forms(blocks: Sequence[Block], dtype: torch.dtype) -> list[tuple[list[int], SSMState]]:
+    """The layers whose states are zeros of one form, and one such state."""
+    found: dict[tuple[Any, ...], tuple[list[int], SSMState]] = {}
+    for index, block in enumerate(blocks):
+        state = None if block.mixer is None else block.mixer.new_state(1, torch.device("meta"), dtype)
+        if isinstance(state, SSMState):
+            key = state.conv.shape, state.conv.dtype, state.ssm.shape, state.ssm.dtype
+            found.setdefault(key, ([], state))[0].append(index)
+    return list(found.values())
 
 
 def last_real(hidden: Tensor, segments: Tensor | None) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from statespan.layers.attention import Attention
+from statespan.layers.kv_cache import KVCache
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
 from statespan.layers.rotary import rotary_angles
-from statespan.layers.state import KVCache, SSMState, State
+from statespan.layers.state import SSMState, State
 from statespan.ops import causal_conv1d_update
 from statespan.ops.decode_attention import decode_attention
 from statespan.ops.rotary import rotate

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from statespan.layers.attention import Attention
+from statespan.layers.kv_cache import PagedKVCache
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
 from statespan.layers.rotary import rotary_angles
-from statespan.layers.state import PagedKVCache, State
+from statespan.layers.state import State
 from statespan.models.mixer_step import convolved
 from statespan.ops import paged_decode_attention
 from statespan.ops.decode_attention.paged import append_token

@@ -123,9 +123,10 @@ class _Chunk:
             self._hidden = self._prefiller.run(self._ids, self._segments)
             return self._hidden
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with capturing(self._graph, self._prefiller.pool):
+            graph = torch.cuda.CUDAGraph()
+            with capturing(graph, self._prefiller.pool):
                 self._hidden = self._prefiller.run(self._ids, self._segments)
+            self._graph = graph  # not before: a capture that fails is tried again
         self._graph.replay()
         return self._hidden
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from statespan.layers.attention import Attention
+from statespan.layers.kv_cache import PagedKVCache
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
-from statespan.layers.state import ModelState, PagedKVCache, SSMState, State
+from statespan.layers.state import ModelState, SSMState, State
 from statespan.models.backbone import Block
 from statespan.models.decoder import Decoder
 from statespan.models.pool_step import MemoryStep, NextSlots

@@ -82,8 +82,10 @@ class Trainer:
         for _ in range(self.config.run.accumulation_steps):
             part, position = self.rows.batch(position, num_rows)
             parts.append(part)
-        router = self._accumulate(parts)
-        gradient_norm = self._clip(parts)
+        found, router = self._accumulate(parts)
+        norm = self._gradient_norm()  # before the wait for the losses, which the device would idle after
+        self._add_losses(found, len(parts))
+        gradient_norm = self._clip(norm, parts)
         seconds = self.state.seconds + time.perf_counter() - started
         factor = learning_rate_factor(self._progress(self.state.step + 1, seconds), self.config.schedule)
         learning_rate = factor * self.config.optimizer.learning_rate
@@ -107,23 +109,29 @@ class Trainer:
             position=position,
         )
 
-    def _accumulate(self, parts: list[Batch]) -> tuple[RouterMetrics, ...]:
-        """Gradients of the whole batch's loss, part by part."""
-        router, totals = (), self.state.totals
+    def _accumulate(self, parts: list[Batch]) -> tuple[list[tuple[Batch, Tensor]], tuple[RouterMetrics, ...]]:
+        """Gradients of the whole batch's loss, part by part; loss and auxiliary loss [2] of those that predict."""
+        found, router = list[tuple[Batch, Tensor]](), ()
         num_predicted = max(sum(part.num_predicted for part in parts), 1)
         for part in parts:
             if part.num_predicted == 0:  # documents of one token only: a mean over nothing
                 continue
             share = torch.tensor(part.num_predicted / num_predicted)
             loss, aux_loss, router = self._gradients(*self._inputs(part), share.to(self.model.device))
-            nats, aux = torch.stack([loss, aux_loss.to(loss.dtype)]).tolist()  # the one wait for the device
+            found.append((part, torch.stack([loss, aux_loss.to(loss.dtype)])))
+        return found, router
+
+    def _add_losses(self, found: list[tuple[Batch, Tensor]], num_parts: int) -> None:
+        """Wait for the device, and add what `_accumulate` found to the totals."""
+        totals = self.state.totals
+        for part, losses in found:
+            nats, aux = losses.tolist()
             if not math.isfinite(nats + aux):
                 raise self._non_finite("the loss", [part])
             totals.nats += nats * part.num_predicted
-            totals.aux_loss += aux / len(parts)
+            totals.aux_loss += aux / num_parts
             totals.num_predicted += part.num_predicted
             totals.num_bytes += part.num_bytes
-        return router
 
     @cached_property
     def _gradients(self) -> Callable[..., tuple[Tensor, Tensor, tuple[RouterMetrics, ...]]]:
@@ -150,13 +158,19 @@ class Trainer:
         assert output.loss is not None  # labels were given
         return output.loss, output.aux_loss, output.router
 
-    def _clip(self, parts: list[Batch]) -> float:
-        """Clip the gradient to the global norm and return the norm that it had."""
-        limit = self.config.optimizer.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit).item()
-        if not math.isfinite(norm):
+    def _gradient_norm(self) -> Tensor:
+        """The norm of all gradients together, on the device."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _clip(self, norm: Tensor, parts: list[Batch]) -> float:
+        """Clip the gradient, whose global norm this is, and return the norm."""
+        found, limit = norm.item(), self.config.optimizer.clip_norm
+        if not math.isfinite(found):
             raise self._non_finite("the gradient", parts)
-        return norm
+        if limit is not None and found > limit:  # PyTorch's pass over all gradients would multiply others by 1
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        return found
 
     def _non_finite(self, what: str, parts: list[Batch]) -> NonFiniteLoss:
         """Run the batch again under watch and say where it went wrong."""
