@@ -24,8 +24,9 @@ import statespan
 from benchmarks.record import Row, report
 from benchmarks.timing import time_in_turns
 from statespan.generation import DraftModel, PromptLookup, Speculation, SubwordDrafter
-from statespan.generation.drafters import Drafter, feed
+from statespan.generation.drafters import Drafter
 from statespan.generation.options import GenerationOptions
+from statespan.generation.steps import feed
 from statespan.layers.config import Mamba1Config
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from statespan.checkpoints.tokenizer import ByteTokenizer, FileTokenizer
 from statespan.errors import UserError
 from statespan.generation import Speculation, SubwordDrafter, generate
-from statespan.generation.drafters import reclaim
 from statespan.generation.sampling import Sampling
+from statespan.generation.steps import reclaim
 from statespan.generation.subwords import last_word, token_texts
 from statespan.layers.state import RecurrentState
 from statespan.models.build import build

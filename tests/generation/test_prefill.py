@@ -1,6 +1,7 @@
 """Prompts on a GPU by graphs that are kept: the same tokens as on the CPU, whatever the length and the call before."""
 
 import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -29,7 +30,7 @@ def test_every_length_and_call_gives_the_tokens_of_the_cpu(name: str, tiny: Call
         expected = tokens(model, prompts)
         for chunk in (None, None, None, 64, 50):
             assert tokens(on_gpu, prompts, prefill_chunk_size=chunk) == expected
-    assert 1 <= len(prefill._idle[on_gpu]) <= prefill.KEPT
+    assert 1 <= len(prefill._idle.waiting(on_gpu)) <= prefill.KEPT
 
 
 def test_continuing_from_a_state(tiny: Callable[[str], LanguageModel]) -> None:
@@ -48,15 +49,16 @@ def test_graphs_are_kept_and_read_new_weights(
     model = tiny("mamba1").cuda()
     for _ in range(3):
         before = tokens(model, [prompt(70)])
-    ((_, kept),) = prefill._idle[model]
+    (kept,) = prefill._idle.waiting(model)
     with torch.no_grad():
         model.backbone.layers[0].mixer.A_log.add_(1.0)
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
     after = tokens(model, [prompt(70)])
-    assert [value for _, value in prefill._idle[model]] == [kept]
+    assert prefill._idle.waiting(model) == [kept]
     monkeypatch.setattr(Prefiller, "serves", staticmethod(lambda rows, count: False))
     assert before != after
     assert after == tokens(model, [prompt(70)])
+    gone = weakref.ref(model)
     del model, kept
     gc.collect()
-    assert len(prefill._idle) == 0
+    assert gone() is None

@@ -1,6 +1,7 @@
 """Steps ahead of the tokens that are read, rows that stay in the batch after their end, and graphs on a GPU."""
 
 import gc
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -117,9 +118,9 @@ def test_a_gpu_says_what_the_cpu_says(options: str, model: LanguageModel, monkey
 def test_graphs_are_kept_and_read_new_weights(tiny: Callable[[str], LanguageModel]) -> None:
     model = tiny("mamba1").cuda()
     first = generate(model, PROMPT, max_new_tokens=20, temperature=0)
-    (kept,) = stepper._idle[model]
+    (kept,) = stepper._idle.waiting(model)
     assert generate(model, PROMPT, max_new_tokens=20, temperature=0).token_ids == first.token_ids
-    assert [entry[1] for entry in stepper._idle[model]] == [kept[1]]
+    assert stepper._idle.waiting(model) == [kept]
     with torch.no_grad():
         model.backbone.layers[0].mixer.A_log.add_(1.0)
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
@@ -128,6 +129,7 @@ def test_graphs_are_kept_and_read_new_weights(tiny: Callable[[str], LanguageMode
     assert changed.token_ids == generate(model.cpu(), PROMPT, max_new_tokens=20, temperature=0).token_ids
     model.cuda()
     assert generate(model, PROMPT, max_new_tokens=20, temperature=0).token_ids == changed.token_ids
+    gone = weakref.ref(model)
     del model
     gc.collect()
-    assert len(stepper._idle) == 0
+    assert gone() is None

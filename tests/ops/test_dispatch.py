@@ -1,13 +1,14 @@
 """Which backend runs, and what is said where it cannot."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from statespan.errors import BackendUnavailable, UnknownName
-from statespan.ops import dispatch, notices
+from statespan.errors import BackendUnavailable, UnknownName, UserError
+from statespan.ops import causal_conv1d, dispatch, notices, rms_norm
 from statespan.ops.cuda_kernels import compiler
 from statespan.ops.custom_op import gradients
 
@@ -118,22 +119,44 @@ def test_sizes_that_a_backend_cannot_take_go_to_the_next_or_are_refused():
         dispatch.resolve("causal_conv1d", "cpu", CPU, too_large=limit)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_what_is_no_float_is_refused(backend: str, dtype: torch.dtype):
+    """Its results, in the same dtype, would be cut off."""
+    x = torch.ones(1, 3, 2).to(dtype)
+    with pytest.raises(UserError, match=f"^causal_conv1d: it takes float tensors, and one is {str(dtype)[6:]}$"):
+        causal_conv1d(x, torch.ones(2, 4), backend=backend)
+    with pytest.raises(UserError, match="rms_norm: it takes float tensors"):
+        rms_norm(torch.ones(3, 2), torch.ones(2), eps=1e-5, residual=torch.ones(3, 2).to(dtype), backend=backend)
+
+
 # What "auto" says where it passes a better backend over.
 
 
 def line_of(name: str) -> str:
-    return f"statespan: selective_scan on cuda:0 runs on its slower backend {name!r}."
+    return f"statespan: selective_scan on cuda:0 runs on its slower backend {name!r}"
 
 
-def test_a_missing_package_is_told_once_for_each_op(packages, capfd):
+def test_what_is_missing_is_told_in_one_line_for_all_ops(packages, capfd):
     packages -= {"triton", "cuda.core"}
     assert dispatch.resolve("selective_scan", "auto", GPU, torch.float32) == "reference"
-    assert dispatch.resolve("selective_scan", "auto", GPU, torch.bfloat16) == "reference"
     said = capfd.readouterr().err
-    assert said.startswith(line_of("reference")) and said.count("\n") == 1
-    assert "'cuda': cuda-core is not installed; pip install 'statespan[cuda]'" in said
-    dispatch.resolve("rms_norm", "auto", GPU, torch.float32)
-    assert capfd.readouterr().err.startswith("statespan: rms_norm on cuda:0 runs on its slower backend 'reference'.")
+    slower = [op for op, names in dispatch.OPS.items() if {"cuda", "triton"} & set(names)]
+    others = f", as {len(slower) - 1} other operations do (statespan backends --device cuda:0)"
+    remedies = "'cuda': cuda-core is not installed; pip install 'statespan[cuda]'. 'triton': triton is not installed"
+    assert said == f"{line_of('reference')}{others}. {remedies}; pip install triton\n"
+    for op in dispatch.OPS:
+        dispatch.resolve(op, "auto", GPU, torch.float32)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cuda_core_that_is_missing_is_told_though_triton_serves(packages, capfd):
+    packages.remove("cuda.core")
+    for op in dispatch.OPS:
+        dispatch.resolve(op, "auto", GPU, torch.bfloat16)
+    said = capfd.readouterr().err
+    assert said.startswith(line_of("triton")) and said.count("\n") == 1
+    assert said.endswith(". 'cuda': cuda-core is not installed; pip install 'statespan[cuda]'\n")
 
 
 def test_nothing_is_said_where_the_best_runs_or_the_slower_one_was_asked_for(packages, capfd):
@@ -151,9 +174,10 @@ def test_nothing_is_said_where_the_best_runs_or_the_slower_one_was_asked_for(pac
 def test_sizes_and_dtypes_and_old_gpus_are_told(packages, monkeypatch, capfd):
     limits = (("cuda", "its kernels hold less"), ("triton", "its kernels hold less"))
     dispatch.resolve("selective_scan", "auto", GPU, torch.float32, too_large=limits)
-    assert capfd.readouterr().err.startswith(line_of("reference") + " 'cuda': its kernels hold less")
-    dispatch.resolve("rms_norm", "auto", GPU, torch.float32, torch.int32)
-    assert "'triton': its kernels take float32, bfloat16 and float16, and a tensor is int32" in capfd.readouterr().err
+    assert capfd.readouterr().err.startswith(line_of("reference") + ". 'cuda': its kernels hold less")
+    dispatch.resolve("rms_norm", "auto", GPU, torch.float32, torch.float8_e5m2)
+    told = "'triton': its kernels take float32, bfloat16 and float16, and a tensor is float8_e5m2"
+    assert told in capfd.readouterr().err
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     forget()
@@ -168,8 +192,36 @@ def test_sizes_and_dtypes_and_old_gpus_are_told(packages, monkeypatch, capfd):
 
 def test_on_a_cpu_a_missing_numba_is_told(without_numba, capfd):
     dispatch.resolve("causal_conv1d", "auto", CPU, torch.float32)
-    line = "statespan: causal_conv1d on cpu runs on its slower backend 'torch'. 'cpu': numba is not installed;"
-    assert capfd.readouterr().err == line + " pip install numba\n"
+    others = sum("cpu" in names for names in dispatch.OPS.values()) - 1
+    assert capfd.readouterr().err == (
+        f"statespan: causal_conv1d on cpu runs on its slower backend 'torch', as {others} other operations do"
+        " (statespan backends --device cpu). 'cpu': numba is not installed; pip install numba\n"
+    )
+    dispatch.resolve("rms_norm", "auto", CPU, torch.float32)
+    assert capfd.readouterr().err == ""
+    dispatch.resolve("rms_norm", "auto", CPU, torch.float16)  # another cause
+    assert "its kernels take float32 and bfloat16, and a tensor is float16" in capfd.readouterr().err
+
+
+def test_a_model_without_numba_trains_and_writes_behind_one_notice():
+    code = """
+import importlib.util, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("numba", "llvmlite"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "numba" else found(name, *rest)
+import statespan, torch
+model = statespan.build("jamba-tiny", seed=0)
+output = model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]]))
+(output.loss + output.aux_loss).backward()
+print(len(statespan.generate(model, [[1, 2, 3]], max_new_tokens=3, temperature=0)[0].token_ids))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert run.stdout == "3\n", run.stderr
+    assert run.stderr.count("\n") == 1 and run.stderr.endswith("'cpu': numba is not installed; pip install numba\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux only")

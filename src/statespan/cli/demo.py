@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from statespan.cli.arguments import Command, positive_float, positive_int
+from statespan.cli.arguments import Command, positive_float, positive_int, usable_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: the faster one here, by timing a few steps (default)",
     )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     parser.add_argument("--prompt", default="def ", help="what the finished model continues (default: %(default)r)")
     parser.add_argument("--files", type=positive_int, metavar="N", help="use N source files only (default: all)")
 
@@ -23,12 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from statespan.demo.run import DemoOptions, run_demo
 
+    usable_device(arguments.device)
     run_demo(
         DemoOptions(
             output=arguments.output,
             minutes=arguments.minutes,
             seed=arguments.seed,
             precision=arguments.precision,
+            device=arguments.device,
             prompt=arguments.prompt,
             max_files=arguments.files,
             command=arguments.command_line,

@@ -1,4 +1,4 @@
-"""Which arithmetic trains faster on this computer: float32, or bfloat16 under autocast."""
+"""Which arithmetic trains faster on a device: float32, or bfloat16 under autocast."""
 
 import statistics
 import time
@@ -29,10 +29,11 @@ class PrecisionChoice:
 
 
 def faster_precision(config: TrainingConfig) -> PrecisionChoice:
-    """Time training steps of the config's model, both arithmetics in turn; the first round only warms up."""
-    model = build(config.model, seed=0)
+    """Time training steps of the config's model on its device, both in turn; the first round only warms up."""
+    model = build(config.model, seed=0, device=config.run.device)
     model.train()
-    ids = torch.randint(config.model.vocab_size, (config.run.batch_size, config.data.sequence_length))
+    shape = config.run.batch_size, config.data.sequence_length
+    ids = torch.randint(config.model.vocab_size, shape, device=model.device)
     times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     for _ in range(1 + ROUNDS):
         for dtype, seconds in times.items():
@@ -44,9 +45,10 @@ def faster_precision(config: TrainingConfig) -> PrecisionChoice:
 def _step_seconds(model: LanguageModel, ids: torch.Tensor, dtype: torch.dtype) -> float:
     """Seconds of a forward and backward."""
     started = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model(ids, labels=ids)
     assert output.loss is not None  # labels were given
-    (output.loss + output.aux_loss).backward()
+    (loss := output.loss + output.aux_loss).backward()
+    loss.item()  # waits for a GPU
     model.zero_grad()
     return time.perf_counter() - started

@@ -28,6 +28,7 @@ class DemoOptions:
     minutes: float = 5.0  # of training
     seed: int = 0  # of the split, the weights, the order and the completion
     precision: str = "auto"  # auto, float32 or bfloat16
+    device: str = "cpu"
     prompt: str = "def "
     max_files: int | None = None  # of the standard library; None: all
     command: str = "statespan demo"  # as it was typed, for the report
@@ -51,7 +52,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
     print(f"          gzip -9 makes {sizes.bits_per_byte(sizes.gzip):.3f} bits per byte of them, ", end="")
     print(f"xz -9 {sizes.bits_per_byte(sizes.xz):.3f}")
     config, precision = _choose_precision(options)
-    print(f"training  {options.minutes:g} minutes in {precision}", flush=True)
+    print(f"training  {options.minutes:g} minutes on {options.device} in {precision}", flush=True)
     trained = _train(config, options.output)
     return _report(options, split, sizes, config, precision, trained)
 
@@ -68,6 +69,7 @@ def _prepare_folder(output: Path) -> None:
 def _choose_precision(options: DemoOptions) -> tuple[TrainingConfig, str]:
     """The config, and its arithmetic with the reason in words."""
     config = demo_config(options.output / "corpus", seed=options.seed, minutes=options.minutes)
+    config = config.override([f"run.device={options.device}"])
     if options.precision != "auto":
         return config.override([f"run.precision={options.precision}"]), f"{options.precision} (as asked)"
     print("          timing a few steps to choose the arithmetic", flush=True)
@@ -116,7 +118,7 @@ def _report(
         parameters=count.total,
         active_parameters=count.active,
         config=config.to_dict(),
-        machine=describe_machine(),
+        machine=describe_machine(options.device),
         prompt=options.prompt,
         completion=_complete(output / "checkpoint", options),
     )
@@ -131,7 +133,7 @@ def _report(
 
 def _complete(checkpoint: Path, options: DemoOptions) -> str:
     """Load the checkpoint from the disk and stream what it writes after the prompt."""
-    model = checkpoints.load(checkpoint)
+    model = checkpoints.load(checkpoint, device=options.device)
     print(f"reloaded  {checkpoint}; it goes on:\n\n{options.prompt}", end="", flush=True)
     pieces: list[str] = []
     stream = generation.generate_stream(

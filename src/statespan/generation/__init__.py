@@ -11,8 +11,10 @@ from statespan.generation.state import GenerationState, load_state, save_state
 from statespan.generation.streaming import StreamEvent
 
 if TYPE_CHECKING:
-    from statespan.generation.drafters import DraftModel, PromptLookup, SubwordDrafter
+    from statespan.generation.draft_model import DraftModel
+    from statespan.generation.prompt_lookup import PromptLookup
     from statespan.generation.speculative import Speculation, SpeculationReport
+    from statespan.generation.subword_drafter import SubwordDrafter
 
 __all__ = [
     "DraftModel",
@@ -34,11 +36,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DraftModel": "drafters",
-    "PromptLookup": "drafters",
+    "DraftModel": "draft_model",
+    "PromptLookup": "prompt_lookup",
     "Speculation": "speculative",
     "SpeculationReport": "speculative",
-    "SubwordDrafter": "drafters",
+    "SubwordDrafter": "subword_drafter",
 }
 
 

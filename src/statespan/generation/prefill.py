@@ -1,20 +1,18 @@
 """Prompts into a state, in chunks; on a GPU by CUDA graphs, which are kept for the next call."""
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from statespan.generation.idle import Idle, has_graphs
 from statespan.layers.state import ModelState
-from statespan.models.capture import addresses
 from statespan.models.language_model import LanguageModel
 from statespan.models.prefill import Prefiller
 
 KEPT = 2  # prefillers of a model that wait for the next call; each holds its graphs and the state of its rows
 
-_Key = tuple[int, tuple[int, ...]]
-_idle: WeakKeyDictionary[LanguageModel, list[tuple[_Key, Prefiller]]] = WeakKeyDictionary()
+_idle: Idle[Prefiller | None] = Idle(KEPT)
 
 
 @torch.inference_mode()
@@ -37,15 +35,15 @@ def absorb(
         (ids_of_chunk, None if bool(real_in_chunk.all()) else real_in_chunk)
         for ids_of_chunk, real_in_chunk in zip(ids.split(size, 1), real.split(size, 1), strict=True)
     ]
-    by_graphs = model.device.type == "cuda" and not torch.is_autocast_enabled("cuda")  # whose casts do not stay
+    by_graphs = has_graphs(model) and not torch.is_autocast_enabled("cuda")  # whose casts do not stay
     if by_graphs and Prefiller.serves(len(prompts), size):
-        key = len(prompts), addresses(model)
-        if (prefiller := _take(model, key)) is not None:
+        prefiller = _idle.take(model, len(prompts), lambda: model.prefiller(len(prompts)))
+        if prefiller is not None:
             model.check_state(state, len(prompts))
             prefiller.start(state)
             hidden = [prefiller.feed(*chunk) for chunk in chunks][-1]
             found = model.head(hidden)[:, -1].float(), prefiller.state()
-            _give_back(model, key, prefiller)
+            _idle.give_back(model, prefiller)
             return found
     logits = None
     for index, (ids_of_chunk, real_in_chunk) in enumerate(chunks):
@@ -58,19 +56,3 @@ def absorb(
         assert output.state is not None  # a state went in
         logits, state = output.logits, output.state
     return None if logits is None else logits[:, -1].float(), state
-
-
-def _take(model: LanguageModel, key: _Key) -> Prefiller | None:
-    """A prefiller, until `_give_back`; graphs that an earlier call captured are used again."""
-    idle = _idle.setdefault(model, [])
-    for place, (its_key, prefiller) in enumerate(idle):
-        if its_key == key:
-            del idle[place]
-            return prefiller
-    return model.prefiller(key[0])
-
-
-def _give_back(model: LanguageModel, key: _Key, prefiller: Prefiller) -> None:
-    idle = _idle.setdefault(model, [])
-    idle.append((key, prefiller))
-    del idle[:-KEPT]

@@ -18,11 +18,12 @@ from torch import Tensor
 from statespan.errors import UserError
 from statespan.generation.acceptance import Verdict, judge
 from statespan.generation.batch import TokenLogprob, token_logprobs
-from statespan.generation.drafters import Draft, Drafter, reclaim
+from statespan.generation.drafters import Draft, Drafter
 from statespan.generation.options import GenerationOptions
 from statespan.generation.pace import Kind, Pace
 from statespan.generation.penalties import History
 from statespan.generation.sampling import RandomNumbers
+from statespan.generation.steps import reclaim
 from statespan.generation.verifier import Forwards, Verification, give_back, take
 from statespan.layers.state import ModelState
 from statespan.models.language_model import LanguageModel

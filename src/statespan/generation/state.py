@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.layers.state import KVCache, ModelState, State
+from statespan.layers.kv_cache import KVCache
+from statespan.layers.state import ModelState, State
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from statespan.generation.idle import Idle
 from statespan.generation.sampling import BLOCK, Sampling, choose, random_numbers
 from statespan.layers.state import ModelState
-from statespan.models.capture import addresses
 from statespan.models.language_model import LanguageModel
 from statespan.ops.decode_step.tokens import choose_best
 
@@ -131,30 +130,16 @@ def _parts(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return chosen[:end].view(torch.int64), chosen[end:].view(torch.float32)
 
 
-_Key = tuple[int, Sampling, tuple[int, ...]]
-_idle: WeakKeyDictionary[LanguageModel, list[tuple[_Key, Stepper]]] = WeakKeyDictionary()
+_idle: Idle[Stepper] = Idle(KEPT)
 
 
 def take(model: LanguageModel, batch_size: int, sampling: Sampling) -> Stepper:
     """A stepper, until `give_back`; a graph that an earlier call captured is used again."""
     sampling = Sampling(**{f.name: getattr(sampling, f.name) for f in fields(Sampling)})
-    if model.device.type == "cuda":
-        key, idle = _key(model, batch_size, sampling), _idle.setdefault(model, [])
-        for place, (its_key, stepper) in enumerate(idle):
-            if its_key == key:
-                del idle[place]
-                return stepper
-    return Stepper(model, batch_size, sampling)
+    return _idle.take(model, (batch_size, sampling), lambda: Stepper(model, batch_size, sampling))
 
 
 def give_back(model: LanguageModel | None, stepper: Stepper) -> None:
-    """Keep a stepper that was taken for the next call."""
-    if model is not None and stepper.decoder.captures:
-        idle = _idle.setdefault(model, [])
-        idle.append((_key(model, stepper.batch_size, stepper.sampling), stepper))
-        del idle[:-KEPT]
-
-
-def _key(model: LanguageModel, batch_size: int, sampling: Sampling) -> _Key:
-    """What a graph is good for: it holds the weights' addresses, and reads there what a training step left."""
-    return batch_size, sampling, addresses(model)
+    """Keep a stepper that was taken for the next call, where it has a graph."""
+    if stepper.decoder.captures:
+        _idle.give_back(model, stepper)

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from statespan.generation.drafters import Steps, feed
-from statespan.layers.state import KVCache, ModelState, State
+from statespan.generation.idle import Idle
+from statespan.generation.steps import Steps, feed
+from statespan.layers.kv_cache import KVCache
+from statespan.layers.state import ModelState, State
 from statespan.models import verify_step
-from statespan.models.capture import addresses
 from statespan.models.language_model import LanguageModel
 from statespan.models.slabs import Slabs, states_in
 from statespan.models.verify_step import VerifyDecoder
@@ -135,34 +135,30 @@ class _Graph:
         return self._after.select(torch.tensor([self._decoder.kept_after(row, len(ids))]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Forwards:
-    """The two ways of one batch to go on. Their graphs are kept for the next call, as in generation/stepper.py."""
+    """The two ways of one batch to go on."""
 
-    key: tuple[int, ...]  # batch size, tokens of a row, and the weights' addresses, which the graphs hold
     verify: Verifier
     step: Steps
 
 
-_idle: WeakKeyDictionary[LanguageModel, list[Forwards]] = WeakKeyDictionary()
+_idle: Idle[Forwards] = Idle(KEPT)
 
 
 def take(model: LanguageModel, batch_size: int, num_tokens: int) -> Forwards:
-    """Forwards for `batch_size` rows, until `give_back`."""
-    key = (batch_size, num_tokens, *addresses(model))
-    for forwards in _idle.get(model, []):
-        if forwards.key == key:
-            _idle[model].remove(forwards)
-            return forwards
-    return Forwards(key, Verifier(model, batch_size, num_tokens), Steps(model, batch_size))
+    """Forwards for `batch_size` rows, until `give_back`; graphs that an earlier call captured are used again."""
+
+    def make() -> Forwards:
+        return Forwards(Verifier(model, batch_size, num_tokens), Steps(model, batch_size))
+
+    return _idle.take(model, (batch_size, num_tokens), make)
 
 
 def give_back(model: LanguageModel | None, forwards: Forwards) -> None:
-    """Keep forwards that were taken, where they have graphs."""
-    if model is not None and forwards.verify.has_graphs:
-        idle = _idle.setdefault(model, [])
-        idle.append(forwards)
-        del idle[:-KEPT]
+    """Keep forwards that were taken for the next call, where they have graphs."""
+    if forwards.verify.has_graphs:
+        _idle.give_back(model, forwards)
 
 
 def commit(before: ModelState, after: ModelState, taken: Sequence[bool], num_new: int) -> ModelState:

@@ -53,8 +53,8 @@ def selection_of(mixer: Mamba1 | Mamba2 | S6, hidden: Tensor) -> Selection:
     """
     with torch.inference_mode():
         if isinstance(mixer, Mamba2):
-            _, xBC, dt = mixer._split(mixer.in_proj(hidden))
-            u, B, C = mixer._heads(_convolved(mixer, xBC))
+            _, xBC, dt = mixer.split(mixer.in_proj(hidden))
+            u, B, C = mixer.heads(_convolved(mixer, xBC))
             A, limit = -torch.exp(_exact(mixer.A_log)).unsqueeze(-1), mixer.config.dt_limit
         else:
             if isinstance(mixer, S6):
@@ -62,7 +62,7 @@ def selection_of(mixer: Mamba1 | Mamba2 | S6, hidden: Tensor) -> Selection:
                 dt, B, C = mixer.selection(x)
             else:
                 x = _convolved(mixer, mixer.in_proj(hidden).chunk(2, dim=-1)[0])
-                dt, B, C = mixer._selection(x)
+                dt, B, C = mixer.selection(x)
             u, B, C = x.unsqueeze(-1), B.unsqueeze(2), C.unsqueeze(2)
             A, limit = -torch.exp(_exact(mixer.A_log)), None
         dt = step_size(_exact(dt[0]), _exact(mixer.dt_bias), dt_softplus=True, dt_limit=limit)

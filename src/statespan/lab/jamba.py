@@ -96,7 +96,7 @@ def outliers(setting: JambaSetting, seed: int) -> Iterator[Row]:
         x = torch.randn(1, 256, mixer.inner_size, generator=random)
         for scale in SCALES:
             x[..., 0] = scale
-            dt, B, C = mixer._selection(x)
+            dt, B, C = mixer.selection(x)
             largest = {"dt": dt, "B": B, "C": C}
             yield {"norms": norms, "scale": scale} | {k: v.abs().max().item() for k, v in largest.items()}
 

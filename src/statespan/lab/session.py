@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -142,7 +142,7 @@ class _Running:
     jobs: int
     shares: list[float] = field(default_factory=list)  # done of each unit
     started: float = field(default_factory=time.perf_counter)
-    stopped: bool = False
+    failure: BaseException | None = None  # the first; it ends all
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
@@ -153,20 +153,30 @@ class _Running:
                 self._unit(index)
             return
         with ThreadPoolExecutor(self.jobs, initializer=self._take_stream) as pool:
-            units = [pool.submit(self._unit, index) for index in range(len(self.wanted))]
+            units = [pool.submit(self._guarded, index) for index in range(len(self.wanted))]
             try:
-                for unit in as_completed(units):
-                    unit.result()
-            except BaseException:
-                self.stopped = True
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+                wait(units)
+            except BaseException as error:  # Ctrl-C
+                self._fail(error)
+        if self.failure is not None:
+            raise self.failure
 
     def _take_stream(self) -> None:
         """A stream for each thread, so that a GPU runs them at the same time."""
         device = torch.device(self.setting.device)
         if device.type == "cuda":
             torch.cuda.set_stream(torch.cuda.Stream(device))
+
+    def _guarded(self, index: int) -> None:
+        """A unit in a thread, which knows of a failure before it takes the next unit."""
+        try:
+            self._unit(index)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self.lock:
+            self.failure = self.failure or error
 
     def _unit(self, index: int) -> None:
         self._show(index, 0.0, "")
@@ -194,7 +204,7 @@ class _Running:
             self.display.say(f"{self.experiment.name}: {variant}, seed {seed}: {duration(seconds)}")
 
     def _show(self, index: int, share: float, text: str) -> None:
-        if self.stopped:
+        if self.failure is not None:
             raise CancelledError
         variant, seed = self.wanted[index]
         with self.lock:

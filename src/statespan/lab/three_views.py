@@ -83,7 +83,7 @@ def view_of(name: str, layer: S4D) -> View:
         case "recurrence":
             return lambda u: _recurrence(layer, u)
         case "convolution":
-            return lambda u: layer._state_space(u, None, None)[0]
+            return lambda u: layer.state_space(u, None, None)[0]
         case _:
             return lambda u: _scan(layer, u)
 

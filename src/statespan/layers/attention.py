@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from statespan.errors import UserError
 from statespan.layers.causal_attention import causal_attention, masked_attention, sees
 from statespan.layers.config import AttentionConfig
+from statespan.layers.kv_cache import KVCache, PagedKVCache
 from statespan.layers.linear import Linear
 from statespan.layers.mixer import Mixer
 from statespan.layers.rotary import rotary_angles
-from statespan.layers.state import KVCache, PagedKVCache
 from statespan.layers.token_layout import TokenLayout, token_layout
 from statespan.ops import causal_conv1d
 from statespan.ops.rotary import rotate

@@ -81,7 +81,7 @@ class Mamba1(SelectiveMixer):
             segments=segments,
             return_final_state=True,
         )
-        dt, B, C = self._selection(x)
+        dt, B, C = self.selection(x)
         y, ssm = selective_scan(
             x,
             dt,
@@ -98,8 +98,15 @@ class Mamba1(SelectiveMixer):
         )
         return y, conv, ssm
 
-    def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What depends on the input: dt before bias and softplus [.. d], B and C [.. n]."""
+    def selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What depends on the input: [dt|B|C] = x_proj(x), dt_proj(dt)  (arXiv 2312.00752, Alg. 2), with inner norms.
+
+        Args:
+            x: [.. d], the conv's output.
+
+        Returns:
+            dt before its bias and softplus [.. d], B [.. n] and C [.. n].
+        """
         dt, B, C = self.x_proj(x).split([self.rank, self.state_size, self.state_size], dim=-1)
         if self.config.inner_norms:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
@@ -108,7 +115,7 @@ class Mamba1(SelectiveMixer):
     def _step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
         x, z = self.in_proj(hidden[:, 0]).chunk(2, dim=-1)
         x, conv = causal_conv1d_update(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        dt, B, C = self._selection(x)
+        dt, B, C = self.selection(x)
         y, ssm = selective_state_update(
             state.ssm,
             x,

@@ -72,7 +72,7 @@ class Mamba2(SelectiveMixer):
         return hidden, output, None if state is None else SSMState(conv, ssm)
 
     def _mix(self, zxBCdt: Tensor, state: SSMState | None, segments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        z, xBC, dt = self._split(zxBCdt)
+        z, xBC, dt = self.split(zxBCdt)
         xBC, conv = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -81,7 +81,7 @@ class Mamba2(SelectiveMixer):
             segments=segments,
             return_final_state=True,
         )
-        x, B, C = self._heads(xBC)
+        x, B, C = self.heads(xBC)
         y, ssm = ssd(
             x,
             dt,
@@ -99,11 +99,20 @@ class Mamba2(SelectiveMixer):
         )
         return self._gate(y, z), conv, ssm
 
-    def _split(self, zxBCdt: Tensor) -> list[Tensor]:
-        return list(zxBCdt.split([self.inner_size, self.inner_size + 2 * self.bc_size, self.num_heads], dim=-1))
+    def split(self, zxBCdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of in_proj's output: [z|x|B|C|dt] = in_proj(hidden)  (arXiv 2405.21060, section 7.1).
 
-    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [.. h p], B and C [.. g n] out of the conv's channels."""
+        Args:
+            zxBCdt: [.. d+c+h], for d inner channels, c = d + 2gn of the conv, and h heads.
+
+        Returns:
+            The gate z [.. d], what the conv is fed [.. c], and dt before its bias and softplus [.. h].
+        """
+        z, xBC, dt = zxBCdt.split([self.inner_size, self.inner_size + 2 * self.bc_size, self.num_heads], dim=-1)
+        return z, xBC, dt
+
+    def heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [.. h p], B [.. g n] and C [.. g n] out of the conv's channels [.. hp+2gn]."""
         x, B, C = xBC.split([self.inner_size, self.bc_size, self.bc_size], dim=-1)
         groups = (self.config.num_groups, self.config.state_size)
         return x.unflatten(-1, (self.num_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
@@ -113,9 +122,9 @@ class Mamba2(SelectiveMixer):
         return self.norm(y, z) if self.config.gated_norm else y * F.silu(z)
 
     def _step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        z, xBC, dt = self._split(self.in_proj(hidden[:, 0]))
+        z, xBC, dt = self.split(self.in_proj(hidden[:, 0]))
         xBC, conv = causal_conv1d_update(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x, B, C = self._heads(xBC)
+        x, B, C = self.heads(xBC)
         y, ssm = ssd_state_update(
             state.ssm,
             x,

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import takewhile
 
 import torch
 
-from statespan.errors import BackendUnavailable, UnknownName
+from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops.notices import say_once
 
 
@@ -144,16 +145,19 @@ def resolve(
 
     `too_large` has the backends that cannot take these sizes, which the op knows, each with the reason.
 
-    Raises UnknownName for a name that is no backend of the op, BackendUnavailable where a named one cannot run.
+    Raises UnknownName for a name that is no backend of the op, BackendUnavailable where a named one cannot run,
+    UserError for a dtype that is no float's: results of the inputs' dtype would be cut off.
     """
     if backend not in ("auto", *OPS[op]):
         raise UnknownName(f"backend of {op}", backend, OPS[op])
+    for dtype in dtypes:
+        if not dtype.is_floating_point:
+            raise UserError(f"{op}: it takes float tensors, and one is {str(dtype).removeprefix('torch.')}")
     reasons = _reasons(op, device, dtypes, too_large)
     if backend == "auto":
-        chosen = _best(reasons)
         if torch.float64 not in dtypes:  # which is asked for on purpose
-            _tell_what_is_missed(op, chosen, device, reasons)
-        return chosen
+            _tell_what_is_missed(op, device, reasons)
+        return _best(reasons)
     if (reason := reasons[backend]) is not None:
         raise BackendUnavailable(f"backend {backend!r} of {op} cannot run here: {reason}")
     return backend
@@ -171,12 +175,28 @@ def _best(reasons: dict[str, str | None]) -> str:
     return next(name for name, reason in reasons.items() if reason is None)
 
 
-def _tell_what_is_missed(op: str, chosen: str, device: torch.device, reasons: dict[str, str | None]) -> None:
-    """Say once for each op which slower backend runs and why, where a better one is made for this kind of device."""
-    better = list(reasons.items())[: list(reasons).index(chosen)]
-    missed = [f"{name!r}: {reason}" for name, reason in better if _kind(device) in BACKENDS[name].kinds]
-    if missed:
-        say_once(f"missed {op}", f"{op} on {device} runs on its slower backend {chosen!r}. {'. '.join(missed)}")
+def _missed(reasons: dict[str, str | None], device: torch.device) -> dict[str, str]:
+    """The backends passed over that are made for this kind of device, each with the reason."""
+    better = takewhile(lambda item: item[1] is not None, reasons.items())
+    return {name: str(reason) for name, reason in better if _kind(device) in BACKENDS[name].kinds}
+
+
+def _tell_what_is_missed(op: str, device: torch.device, reasons: dict[str, str | None]) -> None:
+    """Say which slower backend runs and why, where a better one is made for this kind of device; once for each cause.
+
+    What this machine lacks is one cause: all of it is told with the first op that it slows down.
+    """
+    missed, slower = _missed(reasons, device), f"{op} on {device} runs on its slower backend {_best(reasons)!r}"
+    if not missed:
+        return
+    kind = _kind(device)
+    lacks = {name: backend.why_not(device, ()) for name, backend in BACKENDS.items() if kind in backend.kinds}
+    about = f"missed {missed}"
+    if all(lacks[name] == reason for name, reason in missed.items()):
+        about, missed = f"lacks on {kind}", {name: reason for name, reason in lacks.items() if reason is not None}
+        others = sum(bool(_missed(_reasons(other, device, ()), device)) for other in OPS) - 1
+        slower += f", as {others} other operations do (statespan backends --device {device})"
+    say_once(about, f"{slower}. {'. '.join(f'{name!r}: {reason}' for name, reason in missed.items())}")
 
 
 def explain(device: torch.device) -> list[tuple[str, str, str]]:

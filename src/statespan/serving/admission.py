@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from statespan.models.language_model import LanguageModel
 from statespan.serving.job import Job
 from statespan.serving.options import EngineOptions
-from statespan.serving.prefix_cache import Match, Node, PrefixCache, common_length
+from statespan.serving.prefix_cache import PrefixCache
+from statespan.serving.radix_tree import Match, Node, common_length
 from statespan.serving.request import Request, RequestRefused
 from statespan.serving.rows import Rows
 from statespan.serving.scheduler import snapshot_places
-from statespan.serving.state_pool import Snapshot
+from statespan.serving.snapshot import Snapshot
 
 WORTH_WAITING = 16  # tokens that a snapshot of a prompt being absorbed must save
 

@@ -12,8 +12,10 @@ from statespan.models.transfer import to_device
 from statespan.ops.decode_step.tokens import choose_best
 from statespan.serving.job import Sample
 from statespan.serving.page_pool import OutOfPages
+from statespan.serving.pool_memory import bucket
 from statespan.serving.runner import Chunk, Runner
-from statespan.serving.state_pool import Mark, StatePool, bucket
+from statespan.serving.snapshot import Mark
+from statespan.serving.state_pool import StatePool
 
 Texts = Mapping[Sample, Sequence[int]]  # in the small model's tokens
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.generation.drafters import PromptLookup, TextIndex
+from statespan.generation.prompt_lookup import PromptLookup, TextIndex
 from statespan.generation.subwords import SubwordVocabulary, last_word
 from statespan.models.language_model import LanguageModel
 from statespan.models.transfer import to_device
@@ -62,7 +62,7 @@ def drafter_of(draft: LanguageModel, target: LanguageModel, options: EngineOptio
 
 
 class LookupDrafter:
-    """What followed when the text last ended like this (generation.drafters.PromptLookup)."""
+    """What followed when the text last ended like this (generation.prompt_lookup.PromptLookup)."""
 
     def __init__(self, lookup: PromptLookup | None = None) -> None:
         self._lookup = lookup or PromptLookup()

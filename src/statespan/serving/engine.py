@@ -2,29 +2,28 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from statespan.errors import UserError, first_line
+from statespan.errors import UserError
 from statespan.generation.speculative import MOST_PENDING
 from statespan.models.language_model import LanguageModel, Tokenizer
 from statespan.serving.admission import Admission
 from statespan.serving.decode import Decode, Failed, PlainDecode
 from statespan.serving.drafters import drafter_of
-from statespan.serving.inbox import Inbox
 from statespan.serving.job import Job, Sample
+from statespan.serving.jobs import Jobs, told
 from statespan.serving.metrics import EngineMetrics
 from statespan.serving.options import EngineOptions, num_pages
-from statespan.serving.prefix_cache import PrefixCache
+from statespan.serving.prefix_cache import prefix_cache_of
 from statespan.serving.prompts import Prompts
 from statespan.serving.request import Event, FinishReason, Request
 from statespan.serving.rows import Rows
 from statespan.serving.runner import Runner
-from statespan.serving.scheduler import CANDIDATES, MOST_HELD_UP, MOST_PASSED, Queue, plan_prefill
+from statespan.serving.scheduler import CANDIDATES, MOST_HELD_UP, MOST_PASSED, plan_prefill
 from statespan.serving.speculative import SpeculativeDecode
-from statespan.serving.spill import SpillStore, model_identity
 from statespan.serving.state_pool import StatePool
 
 _log = logging.getLogger(__name__)
@@ -69,27 +68,13 @@ class Engine:
         self.pool = StatePool(model, options.max_rows + 1, num_pages(model, options, draft), options.page_size)
         self.runner = Runner(model, self.pool)
         self.rows = Rows(self.pool, max(options.prefill_tokens, MOST_PENDING + 1 + options.num_drafts))
-        self.cache = self._new_cache()
+        self.cache = prefix_cache_of(model, self.pool, options)
         if self.cache is not None and self.pool.slides:
             self.pool.pages.reclaim = self.cache.free_pages  # rows find what they were promised
         self._admission = Admission(model, options, self.rows, self.cache, has_text=self.tokenizer is not None)
         self.use(self._new_decode(draft))
         self._prompts = Prompts(self.runner, self.rows, self.cache, self._admission, options)
-        self._inbox = Inbox(options.max_waiting)
-        self._queue: Queue[Job] = Queue()
-        self._dated: set[Job] = set()  # those with a deadline that have not ended
-        self._counts: Counter[str] = Counter()  # of EngineMetrics
-        self._finished: Counter[str] = Counter()  # samples by reason
-
-    def _new_cache(self) -> PrefixCache | None:
-        options = self.options
-        if options.cache_bytes == 0:
-            return None
-        spill = None
-        if options.spill_bytes or options.spill_dir is not None:
-            identity = model_identity(self.model, options.page_size)
-            spill = SpillStore(identity, options.spill_bytes, options.spill_dir, options.spill_dir_bytes)
-        return PrefixCache(self.pool, options.cache_bytes, spill)
+        self._jobs = Jobs(self.rows, options.max_waiting)
 
     def _new_decode(self, draft: LanguageModel | None) -> Decode:
         device, plain_only = self.model.device, self.options.num_drafts == 0
@@ -122,24 +107,24 @@ class Engine:
             QueueFull: as many wait as may.
         """
         self._admission.check(request)
-        self._inbox.submit(request, len(self._queue))
+        self._jobs.inbox.submit(request, len(self._jobs.queue))
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step, with finish_reason "cancelled". Any thread may call this."""
-        self._inbox.cancel(request_id)
+        self._jobs.inbox.cancel(request_id)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._inbox or self._queue or self.rows.prefilling or self.rows.active)
+        return not self._jobs
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One step: who is done leaves, who fits is admitted, some prompt tokens, one decode step; [] when idle."""
         if self.idle:
             return []
-        self._counts["steps"] += 1
-        return [*self._leave(), *self._admit(), *self._prefill(), *self._decode()]
+        self._jobs.counts["steps"] += 1
+        return [*self._jobs.arrive(), *self._admit(), *self._prefill(), *self._decode()]
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -155,14 +140,15 @@ class Engine:
         """Counters and gauges of now. Any thread may call this."""
         cache, pages = self.cache, self.pool.pages
         gauges = {
-            "waiting": len(self._inbox) + len(self._queue),
+            "waiting": len(self._jobs.inbox) + len(self._jobs.queue),
             "prefilling": len(self.rows.prefilling),
             "decoding": len(self.rows.active),
             "rows": self.rows.num_rows,
             "pages_free": pages.num_free,
             "pages": pages.num_pages - 1,
         }
-        counts = dict(self._counts) | {"requests": self._inbox.num_requests}  # copied at once: another thread counts on
+        counts = dict(self._jobs.counts)  # copied at once: another thread counts on
+        counts["requests"] = self._jobs.inbox.num_requests
         if isinstance(self.decode, SpeculativeDecode):
             counts["drafted_tokens"] = self.decode.report.drafted
             counts["accepted_tokens"] = self.decode.report.accepted
@@ -172,23 +158,20 @@ class Engine:
             if cache.spill is not None:
                 counts |= cache.spill.counts
                 gauges |= {"spill_bytes": cache.spill.memory_bytes, "spill_dir_bytes": cache.spill.disk_bytes}
-        return EngineMetrics(finished=dict(self._finished), **counts, **gauges)
+        return EngineMetrics(finished=dict(self._jobs.finished), **counts, **gauges)
 
     def close(self) -> None:
         """Drop all requests, and snapshots unless there is a folder to keep them in. Nothing else works afterwards."""
-        if not self._inbox.close():
+        if not self._jobs.close():
             return
         _log.info(self.metrics().cache_summary)
-        for job in self._running():
-            self.rows.drop(job)
-        self._queue.clear()
         if self.cache is not None:
             self.cache.close()
 
     def check(self) -> None:
         """Raise AssertionError where rows, pages or the prefix cache disagree about who holds what."""
         pool, pages = self.pool, self.pool.pages
-        self.rows.check()
+        self._jobs.check()
         held = Counter(page for row in range(pool.num_rows) for page in pool.pages_of(row))
         if self.cache is not None:
             self.cache.check()
@@ -199,34 +182,12 @@ class Engine:
         assert pages.num_free == pages.num_pages - 1 - len(held)
         reclaimable = 0 if self.cache is None else self.cache.reclaimable()
         assert pages.num_free + reclaimable >= self.rows.pages_promised, "pages were promised that are not there"
-        self._inbox.check([*self._queue, *self._running()])
-
-    def _running(self) -> list[Job]:
-        """Jobs that have rows."""
-        return [*self.rows.prefilling, *dict.fromkeys(sample.job for sample in self.rows.active)]
-
-    def _leave(self) -> list[Event]:
-        """Take what came from other threads; end what was cancelled or is late."""
-        arrived, cancelled = self._inbox.take()
-        for job in arrived:
-            self._queue.add(job)
-            if job.request.deadline_s is not None:
-                self._dated.add(job)
-        events: list[Event] = []
-        if not cancelled and not any(job.expired for job in self._dated):
-            return events
-        for job in [*self._queue, *self._running()]:
-            if job.request.id in cancelled:
-                events += self._end(job, "cancelled")
-            elif job.expired:
-                events += self._end(job, "deadline")
-        return events
 
     def _admit(self) -> list[Event]:
         """Give rows and pages to the next jobs of the queue; one that finds too little lets a few others pass."""
         events: list[Event] = []
         held_up: list[Job] = []
-        for job in self._queue[:CANDIDATES]:
+        for job in self._jobs.queue[:CANDIDATES]:
             overdue = any(other.times_passed >= MOST_PASSED for other in held_up)
             if overdue or not self.rows.num_free or len(held_up) == MOST_HELD_UP:
                 break
@@ -235,12 +196,12 @@ class Engine:
                     continue
                 started = job.request.num_samples <= self.rows.num_free and self._admission.start(job)
             except Exception as error:
-                events += self._fail([job], error)
+                events += self._jobs.fail([job], error)
                 continue
             if not started:
                 held_up.append(job)
                 continue
-            self._queue.remove(job)
+            self._jobs.queue.remove(job)
             for other in held_up:
                 other.times_passed += 1
         return events
@@ -254,9 +215,9 @@ class Engine:
                 count = sum(count for _, count in plan)
                 left -= count
                 self._prompts.absorb(plan)
-                self._counts["prefill_tokens"] += count
+                self._jobs.counts["prefill_tokens"] += count
             except Exception as error:
-                events += self._fail([job for job, _ in plan], error)
+                events += self._jobs.fail([job for job, _ in plan], error)
         for job in sorted(self.rows.prefilling, key=lambda job: job.order):
             if job.num_to_prefill == 0:
                 events += self._activate(job)
@@ -265,12 +226,12 @@ class Engine:
     def _activate(self, job: Job) -> list[Event]:
         """The prompt is absorbed but for its last token, which the next decode step feeds."""
         if job.request.options.max_new_tokens == 0:
-            return self._end(job, "length")
+            return self._jobs.end(job, "length")
         try:
             samples = [Sample(job, index, self.tokenizer, self.model) for index in range(job.request.num_samples)]
             self.rows.activate(job, samples, self._admission.row_tokens(job.request))
         except Exception as error:
-            return self._fail([job], error)
+            return self._jobs.fail([job], error)
         return []
 
     def _decode(self) -> list[Event]:
@@ -281,7 +242,7 @@ class Engine:
         try:
             outcomes = self.decode(samples)
         except Exception as error:
-            return self._fail(dict.fromkeys(sample.job for sample in samples), error)
+            return self._jobs.fail(dict.fromkeys(sample.job for sample in samples), error)
         events: list[Event] = []
         for sample, outcome in zip(samples, outcomes, strict=True):
             if outcome == []:
@@ -289,8 +250,8 @@ class Engine:
             try:
                 event = sample.end("error", outcome.error) if isinstance(outcome, Failed) else sample.extend(outcome)
             except Exception as error:  # of a tokenizer or a constraint
-                event = sample.end("error", _told(error))
-            self._counts["generated_tokens"] += len(event.token_ids)
+                event = sample.end("error", told(error))
+            self._jobs.counts["generated_tokens"] += len(event.token_ids)
             if event.finish_reason is not None:
                 self._finish(sample, event.finish_reason)
             events.append(event)
@@ -303,40 +264,4 @@ class Engine:
         if sound and sample.job.request.reuse and sample.num_new > 1:
             self._prompts.remember(sample.row, sample.token_ids[:absorbed])
         self.rows.leave(sample)
-        self._count_end(sample.job, reason)
-
-    def _count_end(self, job: Job, reason: FinishReason) -> None:
-        self._finished[reason] += 1
-        job.num_open -= 1
-        if job.num_open == 0:
-            self._dated.discard(job)
-            self._inbox.ended(job.request.id)
-
-    def _end(self, job: Job, reason: FinishReason, error: str | None = None) -> list[Event]:
-        """End what is left of a job, wherever it is; its memory is free."""
-        samples = [sample for sample in self.rows.active if sample.job is job]
-        events = [sample.end(reason, error) for sample in samples]
-        if not samples:
-            usage = job.usage()
-            events = [
-                Event(job.request.id, index, (), "", (), reason, usage, error)
-                for index in range(job.request.num_samples)
-            ]
-        if job in self._queue:
-            self._queue.remove(job)
-        self.rows.drop(job)
-        for _ in events:
-            self._count_end(job, reason)
-        return events
-
-    def _fail(self, jobs: Iterable[Job], error: Exception) -> list[Event]:
-        """A step raised: its jobs end with an error, and the engine goes on."""
-        self._counts["failures"] += 1
-        if not isinstance(error, UserError):
-            _log.error("a step of the engine failed", exc_info=error)
-        return [event for job in jobs for event in self._end(job, "error", _told(error))]
-
-
-def _told(error: Exception) -> str:
-    """In one line, for who asked."""
-    return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+        self._jobs.count_end(sample.job, reason)

@@ -9,7 +9,7 @@ from statespan.layers.moe import Int8Experts
 from statespan.models.accounting import forward_bytes, kv_bytes_per_token, state_bytes
 from statespan.models.language_model import LanguageModel
 from statespan.ops.grouped_mlp.experts import WIDENED
-from statespan.serving.state_pool import padded_rows
+from statespan.serving.pool_memory import padded_rows
 
 CPU_BYTES = 1 << 30  # for keys and values where nothing is said
 SHARE = 0.95  # of a GPU's free memory; the rest is what allocators and graphs leave between things

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from statespan.serving.job import Job, Sample
-from statespan.serving.state_pool import Snapshot, StatePool
+from statespan.serving.snapshot import Snapshot
+from statespan.serving.state_pool import StatePool
 
 
 class Rows:

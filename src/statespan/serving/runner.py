@@ -11,7 +11,8 @@ from statespan.errors import UserError
 from statespan.models.language_model import LanguageModel
 from statespan.models.prefill import Prefiller
 from statespan.models.transfer import to_device
-from statespan.serving.state_pool import StatePool, bucket
+from statespan.serving.pool_memory import bucket
+from statespan.serving.state_pool import StatePool
 
 PADDED_TOKENS = 32  # a chunk may always be padded to so many
 TOGETHER_SLOTS = 1 << 15  # of keys and values that rows of unequal length, which need a mask, may have together

@@ -2,44 +2,21 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.layers.state import KVCache, ModelState, PagedKVCache, State
+from statespan.layers.kv_cache import PagedKVCache
+from statespan.layers.state import ModelState, State
 from statespan.models.language_model import LanguageModel
 from statespan.models.slabs import Slabs, states_in
 from statespan.models.transfer import to_device
 from statespan.serving.page_pool import PagePool
+from statespan.serving.pool_memory import PoolMemory, padded_rows
 from statespan.serving.row_pages import RowPages
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A row at one moment: copies of its constant states, and its pages, which the snapshot holds too.
-
-    Pages that a sliding window has left behind are not among them.
-    """
-
-    num_tokens: int
-    tensors: tuple[Tensor, ...]  # one a slab of the pool: [layers ...]
-    pages: tuple[int, ...]
-    page_bytes: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Of both; pages are counted whole, also where others hold them."""
-        return sum(tensor.nbytes for tensor in self.tensors) + len(self.pages) * self.page_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """The first rows of a pool at one moment: copies of their constant states, and how many tokens they had."""
-
-    tensors: Sequence[Tensor]  # one a slab of the pool: [layers rows ...]
-    num_tokens: tuple[int, ...]
+from statespan.serving.snapshot import Mark, Snapshot
 
 
 class StatePool:
@@ -64,40 +41,22 @@ class StatePool:
             raise UserError(f"a pool needs rows and pages, got {num_rows} rows, {num_pages} pages of {page_size}")
         self.num_rows, self.page_size = num_rows, page_size
         self.pages = PagePool(num_pages)
-        states = model.new_state(0).layers
-        caches = [state for state in states if isinstance(state, KVCache)]
-        window = None if rewinds or not caches else model.config.attention.sliding_window
         self.device = model.device
-        self._constants = [_constant(state) for state in states]
-        self._slabs = self.slabs(padded_rows(num_rows, self.device))
-        rows = self._slabs.num_rows
-        shape = (num_pages, page_size, *(caches[0].row_shape if caches else (0, 0)))
-        # [2 layers, pages ...]: a page of all layers is copied at once.
-        self._kv = torch.zeros(2 * len(caches), *shape, dtype=model.dtype, device=self.device)
-        self.page_bytes = self._kv[:, 0].nbytes
-        self.row_pages = RowPages(self.pages, page_size if caches else 0, num_rows, rows, window, self.device)
+        self._memory = PoolMemory(model, padded_rows(num_rows, self.device), num_pages, page_size)
+        self._slabs, rows = self._memory.slabs, self._memory.slabs.num_rows
+        self.page_bytes = self._memory.page_bytes  # of all layers
+        attends = self._memory.has_pages
+        window = model.config.attention.sliding_window if attends and not rewinds else None
+        self.row_pages = RowPages(self.pages, page_size if attends else 0, num_rows, rows, window, self.device)
         self.num_tokens = self.row_pages.num_tokens
         self.active = torch.zeros(rows, dtype=torch.int32, device=self.device)  # 1: the row takes part in decoding
-        self._layers = self._with_pages(states)
-
-    def _with_pages(self, states: Sequence[State | None]) -> list[State | None]:
-        """Each layer's memory of all rows."""
-        layers: list[State | None] = []
-        pairs = iter(self._kv.unflatten(0, (-1, 2)))
-        for state, constant in zip(states, self._slabs.by_layer(), strict=True):
-            if isinstance(state, KVCache):
-                key, value = next(pairs)
-                table, length = self.row_pages.table, self.row_pages.length
-                layers.append(PagedKVCache(key, value, table, length, constant.get("conv")))
-            else:
-                layers.append(None if state is None else replace(state, **constant))  # type: ignore[type-var]  # a dataclass
-        return layers
+        self._layers = self._memory.layers(self.row_pages.table, self.row_pages.length)
 
     @property
     def num_bytes(self) -> int:
         """Of all rows and pages."""
         rows = (self.row_pages.table, self.row_pages.length, self.active)
-        return self._slabs.num_bytes + self._kv.nbytes + sum(tensor.nbytes for tensor in rows)
+        return self._memory.num_bytes + sum(tensor.nbytes for tensor in rows)
 
     @property
     def row_bytes(self) -> int:
@@ -169,7 +128,7 @@ class StatePool:
 
     def slabs(self, count: int) -> Slabs:
         """Memory for `count` constant states."""
-        return Slabs(self._constants, count, self.device)
+        return self._memory.new_slabs(count)
 
     def state_in(self, slabs: Slabs, count: int) -> ModelState:
         """The first `count` constant states of such memory, by layer; without keys and values."""
@@ -210,7 +169,7 @@ class StatePool:
 
     def leading(self, count: int) -> ModelState:
         """The memory of the first rows itself, for a decoder that overwrites it: see `advance`."""
-        layers = [None if layer is None else layer._map(lambda tensor: tensor[:count]) for layer in self._layers]
+        layers = [None if layer is None else layer.map(lambda tensor: tensor[:count]) for layer in self._layers]
         return ModelState(tuple(layers))
 
     @contextmanager
@@ -279,8 +238,7 @@ class StatePool:
     def to_host(self, snapshot: Snapshot) -> dict[str, Tensor]:
         """Copies in CPU memory of all that a snapshot holds, for `from_host`."""
         tensors = {f"state.{number}": tensor.cpu() for number, tensor in enumerate(snapshot.tensors)}
-        pages = torch.tensor(snapshot.pages, dtype=torch.int64, device=self.device)
-        return tensors | {"pages": self._kv.index_select(1, pages).cpu()}
+        return tensors | {"pages": self._memory.to_host(snapshot.pages)}
 
     @torch.inference_mode()
     def from_host(self, num_tokens: int, tensors: Mapping[str, Tensor]) -> Snapshot:
@@ -295,39 +253,16 @@ class StatePool:
         if missing:
             raise UserError(f"a snapshot without {', '.join(missing)} is not of this model")
         self._slabs.check([tensors[name] for name in names])
-        stored, count = tensors["pages"], self.pages_seen(num_tokens)
-        wanted = (self._kv.shape[0], count, *self._kv.shape[2:])
-        if stored.shape != wanted or stored.dtype != self._kv.dtype:
-            raise UserError(
-                f"pages of a snapshot are {list(stored.shape)} {stored.dtype}, and here {list(wanted)} {self._kv.dtype}"
-            )
+        count = self.pages_seen(num_tokens)
+        self._memory.check_pages(tensors["pages"], count)
         pages = self.pages.allocate(count)
-        self._kv[:, torch.tensor(pages, dtype=torch.int64, device=self.device)] = stored.to(self.device)
+        self._memory.from_host(pages, tensors["pages"])
         states = tuple(tensors[name].to(self.device) for name in names)
         return Snapshot(num_tokens, states, tuple(pages), self.page_bytes)
 
     def _share(self, row: int, num_tokens: int, pages: Sequence[int]) -> None:
         for page, copy in self.row_pages.share(row, num_tokens, pages):
-            self._kv[:, copy] = self._kv[:, page]
+            self._memory.copy_page(page, copy)
 
     def _require_free(self, row: int) -> None:
         assert not self.num_tokens[row] and not self.row_pages.held[row], f"row {row} is in use"
-
-
-def _constant(state: State | None) -> dict[str, Tensor]:
-    """The tensors of a layer that do not grow with the sequence."""
-    if state is None:
-        return {}
-    if isinstance(state, KVCache):
-        return {} if state.conv is None else {"conv": state.conv}
-    return state.tensors()
-
-
-def padded_rows(num_rows: int, device: torch.device) -> int:
-    """Rows of memory: on a GPU a step may run on more rows than are in use (see `bucket`)."""
-    return bucket(num_rows) if device.type == "cuda" else num_rows
-
-
-def bucket(num_rows: int) -> int:
-    """The number of rows of a step that so many take part in: 1, 2, 4, 8, 16, and then multiples of 16."""
-    return 1 << (num_rows - 1).bit_length() if num_rows <= 16 else -(-num_rows // 16) * 16

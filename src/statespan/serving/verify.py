@@ -12,8 +12,9 @@ from statespan.models import verify_step
 from statespan.models.slabs import Slabs
 from statespan.models.transfer import to_device
 from statespan.models.verify_step import VerifyDecoder
+from statespan.serving.pool_memory import bucket
 from statespan.serving.runner import Runner
-from statespan.serving.state_pool import StatePool, bucket
+from statespan.serving.state_pool import StatePool
 
 RUNS_TO_CAPTURE = 2  # of a graph: the first runs as it is
 

@@ -6,13 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statespan.errors import UserError
 from statespan.ops.activation import GATED
 from statespan.ops.arguments import DISCRETIZATIONS
+from statespan.ops.decode_step.cpu_arguments import (
+    ACTIVATIONS,
+    BF16,
+    CHANNEL_BLOCK,
+    FLOATS,
+    LINE,
+    Addresses,
+    can_run,
+    expect,
+    num_blocks,
+    workers_for,
+)
 from statespan.ops.decode_step.weights import FeedForwardWeights, Mamba1Weights, Mamba2Weights, Projection
-from statespan.ops.layout import contiguous_float32
-from statespan.ops.linear.cpu import ALONE_BYTES, KINDS, rows_per_item
-from statespan.ops.numba_kernels import Kernel, num_workers
+from statespan.ops.linear.cpu import KINDS, rows_per_item
+from statespan.ops.numba_kernels import Kernel
 
 _mamba1 = Kernel(
     "statespan.ops.decode_step.cpu_kernels",
@@ -41,61 +51,6 @@ _feed_forward = Kernel(
     "epsilon",
 )
 
-BF16 = torch.bfloat16
-FLOATS = (torch.float32, BF16)
-FEW_ROWS = {torch.float32: 8, BF16: 4, torch.int8: 8}  # beyond them matrix units win
-SILU, RELU = 0, 1
-ACTIVATIONS = {"silu": SILU, "swiglu": SILU, "relu": RELU}  # the exact GELU stays with PyTorch
-CHANNEL_BLOCK = 64
-LINE = 16  # float32 values of a cache line
-
-
-def _num_blocks(size: int, block: int) -> int:
-    return (size + block - 1) // block
-
-
-def _workers(projection: Projection, num_items: int) -> int:
-    return 1 if projection.weight.nbytes < ALONE_BYTES else num_workers(num_items)
-
-
-def can_run(num_rows: int, projections: list[Projection], weights: list[Tensor], exact: list[Tensor]) -> bool:
-    """Whether the kernels take these: few rows, projections of one type without gaps, float32 or bfloat16 weights."""
-    kind = projections[0].weight.dtype
-    return (
-        0 < num_rows <= FEW_ROWS.get(kind, 0)
-        and all(projection.weight.dtype is kind and projection.weight.is_contiguous() for projection in projections)
-        and weights[0].dtype in FLOATS
-        and all(weight.dtype is weights[0].dtype and weight.is_contiguous() for weight in weights)
-        and all(value.dtype is torch.float32 and value.is_contiguous() for value in exact)
-    )
-
-
-class Addresses:
-    """Addresses of tensors for a prepared call; holds what they point to."""
-
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
-
-    def of(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        self.kept.append(tensor)
-        return tensor.data_ptr()
-
-    def projection(self, projection: Projection) -> tuple[int, int, int]:
-        """Of weight, scale and bias; a bias becomes float32."""
-        bias = contiguous_float32(projection.bias)
-        return self.of(projection.weight), self.of(projection.scale), self.of(bias)
-
-    def scratch(self, *sizes: int) -> list[int]:
-        """Regions of float32 memory, each from a cache line on."""
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + 4 * LINE * _num_blocks(size, LINE))
-        first = self.of(torch.empty(starts[-1] // 4 + LINE))
-        first = (first + 4 * LINE - 1) // (4 * LINE) * (4 * LINE)
-        return [first + start for start in starts[:-1]]
-
 
 def mamba1(
     weights: Mamba1Weights, num_rows: int, hidden_dtype: torch.dtype, conv_dtype: torch.dtype
@@ -115,13 +70,13 @@ def mamba1(
     )
     num_items = (
         num_rows
-        + _num_blocks(2 * channels, in_block)
-        + _num_blocks(selection, x_block)
-        + _num_blocks(channels, CHANNEL_BLOCK)
-        + _num_blocks(hidden_size, out_block)
+        + num_blocks(2 * channels, in_block)
+        + num_blocks(selection, x_block)
+        + num_blocks(channels, CHANNEL_BLOCK)
+        + num_blocks(hidden_size, out_block)
     )
-    workers = _workers(w.in_proj, num_items)
-    own_size = LINE * _num_blocks(num_rows * selection, LINE)
+    workers = workers_for(w.in_proj, num_items)
+    own_size = LINE * num_blocks(num_rows * selection, LINE)
     sizes = (hidden_size, 2 * channels, channels, selection, channels, channels, hidden_size)
     *regions, own = address.scratch(*(num_rows * size for size in sizes), workers * own_size)
     normed, projected, convolved, selected, dt, gated, mixed = regions
@@ -169,14 +124,14 @@ def mamba2(
     in_block, out_block = rows_per_item(w.in_proj.weight), rows_per_item(w.out_proj.weight)
     num_items = (
         num_rows
-        + _num_blocks(w.in_proj.weight.shape[0], in_block)
+        + num_blocks(w.in_proj.weight.shape[0], in_block)
         + num_rows * (heads + channels // w.gate_norm_size)
-        + _num_blocks(hidden_size, out_block)
+        + num_blocks(hidden_size, out_block)
     )
     sizes = (hidden_size, w.in_proj.weight.shape[0], conv_size, channels, channels, hidden_size)
     call = _mamba2.prepare(
         num_items,
-        _workers(w.in_proj, num_items),
+        workers_for(w.in_proj, num_items),
         6,
         *address.scratch(*(num_rows * size for size in sizes)),
         address.of(w.norm),
@@ -203,16 +158,6 @@ def mamba2(
     return _mixer_step(call, address, ((num_rows, hidden_size), hidden_dtype), (conv, conv_dtype), ssm)
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The tensor without gaps; the kernels only see its address."""
-    if tensor.shape != shape or tensor.dtype is not dtype:
-        raise UserError(
-            f"decoding step: {name} must be {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}; "
-            "make a new decoder for another batch size or dtype"
-        )
-    return tensor.contiguous()
-
-
 def _mixer_step(
     call: Callable[..., None],
     address: Addresses,
@@ -221,9 +166,9 @@ def _mixer_step(
     ssm_shape: tuple[int, ...],
 ) -> Callable[..., Any]:
     def step(hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = _expect("hidden", hidden, *of_hidden)
-        conv_state = _expect("conv_state", conv_state, *of_conv)
-        ssm_state = _expect("ssm_state", ssm_state, ssm_shape, torch.float32)
+        hidden = expect("hidden", hidden, *of_hidden)
+        conv_state = expect("conv_state", conv_state, *of_conv)
+        ssm_state = expect("ssm_state", ssm_state, ssm_shape, torch.float32)
         results = torch.empty_like(hidden), torch.empty_like(conv_state), torch.empty_like(ssm_state)
         y, next_conv, next_ssm = results
         call(
@@ -256,12 +201,12 @@ def feed_forward(weights: FeedForwardWeights, num_rows: int, hidden_dtype: torch
     gated = w.activation in GATED
     up_block, down_block = rows_per_item(w.up_proj.weight), rows_per_item(w.down_proj.weight)
     up_block = up_block // 2 if gated and up_block > 1 else up_block  # an item reads gate and up
-    num_items = num_rows + groups * _num_blocks(inner_size, up_block) + _num_blocks(hidden_size, down_block)
+    num_items = num_rows + groups * num_blocks(inner_size, up_block) + num_blocks(hidden_size, down_block)
     sizes = (num_rows * hidden_size, num_rows * experts, 2 * num_rows * top_k, num_rows * top_k)
     inner = max(num_rows, groups) * inner_size
     call = _feed_forward.prepare(
         num_items,
-        _workers(w.up_proj, num_items),
+        workers_for(w.up_proj, num_items),
         2,
         *address.scratch(*sizes, inner, inner, groups * hidden_size, num_rows * hidden_size),
         address.of(w.norm),
@@ -283,7 +228,7 @@ def feed_forward(weights: FeedForwardWeights, num_rows: int, hidden_dtype: torch
     )
 
     def step(hidden: Tensor) -> Tensor:
-        hidden = _expect("hidden", hidden, (num_rows, hidden_size), hidden_dtype)
+        hidden = expect("hidden", hidden, (num_rows, hidden_size), hidden_dtype)
         y = torch.empty_like(hidden)
         call(hidden.data_ptr(), y.data_ptr())
         return y

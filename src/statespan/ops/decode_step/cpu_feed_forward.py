@@ -6,7 +6,7 @@ A group is some rows of the batch and one expert: all rows where the layer is de
 where there is a router. A work item is a row to normalise and route, a block of a group's inner rows, or of outputs.
 """
 
-from statespan.ops.decode_step.cpu import SILU
+from statespan.ops.decode_step.cpu_arguments import SILU
 from statespan.ops.decode_step.cpu_kernels import add_residual, normalize_row
 from statespan.ops.linear.cpu_kernels import products_of
 from statespan.ops.numba_kernels.gates import fast_sigmoid, fast_silu
