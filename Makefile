@@ -24,7 +24,8 @@ demo: $(VENV)/.package
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --durations=15
 
-# The tests that run on a GPU, on a machine with one: the slowest first, one after another to whoever is free.
+# The tests that run on a GPU, on a machine with one: the slowest first, one after another to whoever is free, but for
+# those that take much of its memory; see tests/conftest.py.
 GPU_TEST_PROCESSES ?= 16
 gpu-test: $(VENV)/.installed
 	$(BIN)/python -m pytest --gpu -n $(GPU_TEST_PROCESSES) --maxschedchunk 1 --durations=15

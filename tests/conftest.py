@@ -1,5 +1,6 @@
 """Fixtures that every test may use, and `--gpu`, which picks the tests of `make gpu-test`."""
 
+import gc
 import os
 import re
 import tempfile
@@ -7,11 +8,10 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from statespan.layers.mixer import Mixer
 from statespan.layers.norm import RMSNorm
@@ -22,10 +22,20 @@ from statespan.models.verify_step import VerifyDecoder
 # they give. Tests of the threads themselves ask for more.
 torch.set_num_threads(1)
 
+# The same examples each time, however long they take: a test fails where the code is wrong, not where the machine is
+# busy. --hypothesis-profile=default looks for new ones.
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
 GPU_PARAMETERS = {("backend", "cuda"), ("backend", "triton"), ("device", "cuda")}
-SERVING_MODELS = {"family", "hybrid"}  # fixtures of the serving tests that lie on a GPU where there is one
-# The slowest, as they were on an H100 with nothing compiled: they start first, or the others would wait for them.
-SLOW = re.compile("losses_repeat|says_what|captured|without_graphs|opcheck|registered|one_graph|million|beyond|inner")
+SERVING_MODELS = {"family", "hybrid", "window"}  # fixtures of the serving tests that lie on a GPU where there is one
+# The slowest, 8 to 48 s on an H100 with nothing compiled: they start first, or the others would wait for them.
+SLOW = re.compile(
+    r"taps_and_lengths\[[5-8]|triton_sizes|says_what|any_schedule|without_graphs|captured|registered|"
+    r"channels_and_dtypes|opcheck|one_graph|several_tokens|rows_equal|inner"
+)
+# Those that take much of the GPU's memory, and how much: one of a kind at a time.
+LARGE = {re.compile("million|beyond_32|2_to_the_31"): 40 << 30, re.compile("losses_repeat"): 16 << 30}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,12 +58,21 @@ def on_gpu(item: pytest.Function) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
-    """Else in the order of a hash: neighbours need the same kernels, and would all compile them at the same time."""
+    """Else in the order of a hash: neighbours need the same kernels, and would all compile them at the same time.
+
+    The large ones come one after the other among the slow ones, so that none waits long for another.
+    """
     if config.getoption("--gpu"):
         others = [item for item in items if not on_gpu(item)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if on_gpu(item)]
         items.sort(key=lambda item: (SLOW.search(item.nodeid) is None, zlib.crc32(item.nodeid.encode())))
+        num_slow = sum(SLOW.search(item.nodeid) is not None for item in items)
+        for pattern in LARGE:
+            large = [item for item in items if pattern.search(item.nodeid)]
+            items[:] = [item for item in items if item not in large]
+            for place, item in enumerate(large):
+                items.insert(place * num_slow // len(large), item)
 
 
 @pytest.fixture(autouse=True)
@@ -73,33 +92,24 @@ def _a_fault_ends_the_process(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.cuda.empty_cache()  # other processes' tests want the memory too
 
 
-@pytest.fixture
-def room_for_large_tensors() -> Iterator[None]:
-    """Waits where other processes run such tests too, and until the GPU has the 40 GB that each may take."""
+@pytest.fixture(autouse=True)
+def _large_tests_take_turns(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Waits for those of a kind in other processes, and a while for the memory."""
+    kind = next((kind for kind in LARGE if kind.search(request.node.nodeid)), None)
+    if kind is None or not torch.cuda.is_available():
+        yield
+        return
     import fcntl  # not on every system
 
-    large, on_gpu = 40 << 30, torch.cuda.is_available()
-    total = torch.cuda.get_device_properties(0).total_memory if on_gpu else large
-    places = [Path(tempfile.gettempdir()) / f"statespan-large-{seat}.lock" for seat in range(max(1, total // large))]
-    files = [place.open("w") for place in places]
-
-    def taken(file: IO[str]) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    while not any(map(taken, files)):  # the first that is free
-        time.sleep(0.1)
-    wait_until = time.monotonic() + 60
-    while on_gpu and torch.cuda.mem_get_info()[0] < large and time.monotonic() < wait_until:
-        time.sleep(0.1)
-    yield
-    if on_gpu:
+    with (Path(tempfile.gettempdir()) / f"statespan-{LARGE[kind]}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        wanted = min(LARGE[kind], torch.cuda.mem_get_info()[1] // 2)
+        wait_until = time.monotonic() + 60
+        while torch.cuda.mem_get_info()[0] < wanted and time.monotonic() < wait_until:
+            time.sleep(0.1)
+        yield
+        gc.collect()
         torch.cuda.empty_cache()
-    for file in files:
-        file.close()  # which gives the place back
 
 
 def _token_by_token(self: VerifyDecoder, layer: Mixer, norm: RMSNorm) -> Callable[..., torch.Tensor]:

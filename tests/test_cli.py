@@ -115,6 +115,8 @@ def test_help_ends_in_an_example_that_names_the_command(name: str, capsys: pytes
         (["backends", "--device", "gpu"], "'gpu' is no device; write cpu, cuda, cuda:1 or mps"),
         (["lab", "--frobnicate"], "unknown option of statespan lab: '--frobnicate'; known: --dry-run, "),
         (["inspect", "folder/model"], "folder/model does not exist; give a preset's name or the folder of"),
+        (["demo", "--device", "gpu"], "'gpu' is no device; write cpu, cuda, cuda:1 or mps"),
+        (["demo", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["demo", "--prompt", ""], "the prompt is empty; give at least one letter with --prompt"),
         (["demo", "--files", "1"], "1 file leaves nothing to train on, since one is held out; take at least 2"),
     ],

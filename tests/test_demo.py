@@ -11,7 +11,6 @@ import shlex
 import signal
 import sysconfig
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -219,6 +218,7 @@ def bits_by_hand(checkpoint: Path, files: list[Path]) -> float:
 def test_demo_from_the_command_line(small_library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     words = ["demo", "--output", str(output), "--minutes", "0.04", "--precision", "float32", "--seed", "1"]
+    words += ["--device", "cpu:0"]
     code = main(words)
     captured = capsys.readouterr()
     assert code == 0, captured.err
@@ -243,6 +243,7 @@ def test_demo_from_the_command_line(small_library: Path, tmp_path: Path, capsys:
     assert result["completion"] == sample.text
     assert "def " + sample.text in captured.out
 
+    assert result["config"]["run"]["device"] == "cpu:0" and "on cpu:0 in float32 (as asked)" in captured.out
     assert result["command"] == shlex.join(["statespan", *words])
 
     # One self-contained page with the picture and the figures.
@@ -271,18 +272,22 @@ def test_demo_keeps_out_of_other_folders(tmp_path: Path, capsys: pytest.CaptureF
 def test_ctrl_c_saves_and_leaves_with_130(
     small_library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "out" / "run"
+    run, ended = tmp_path / "out" / "run", threading.Event()
 
     def interrupt_once_training() -> None:
         while not (run / "metrics.jsonl").exists():
-            time.sleep(0.05)
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGINT)
+            if ended.wait(0.05):
+                return
+        if not ended.wait(0.3):
+            os.kill(os.getpid(), signal.SIGINT)
 
     watcher = threading.Thread(target=interrupt_once_training, daemon=True)
     watcher.start()
-    code = main(["demo", "--output", str(tmp_path / "out"), "--minutes", "2", "--precision", "float32"])
-    watcher.join()
+    try:
+        code = main(["demo", "--output", str(tmp_path / "out"), "--minutes", "2", "--precision", "float32"])
+    finally:
+        ended.set()
+        watcher.join()
     assert code == 130
     assert "interrupted" in capsys.readouterr().err
     assert len(list((run / "checkpoints").glob("step-*/model.safetensors"))) == 1

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import statespan
 
@@ -23,22 +24,26 @@ def test_import_brings_in_nothing_heavy() -> None:
     assert found["loaded"] == []
 
 
-def test_public_names_bring_in_nothing_heavy_but_torch() -> None:
+def test_public_names_bring_in_nothing_heavy_but_torch(tmp_path: Path) -> None:
     code = f"""
+begin = time.process_time()
 import torch
 before, start = set(sys.modules), time.process_time()
+sys.dont_write_bytecode, sys.pycache_prefix = False, {str(tmp_path)!r}
 import statespan
 statespan.ops, statespan.build, statespan.generate
-found["seconds"] = time.process_time() - start
+found["share"] = (time.process_time() - start) / (start - begin)
 [getattr(statespan, name) for name in statespan.__all__]
-found["loaded"] = [n for n in {HEAVY} if n in sys.modules and n not in before]
+packages = {{name.partition(".")[0] for name in sys.modules.keys() - before}}
+found["packages"] = sorted(packages - sys.stdlib_module_names)
 found["cuda"] = torch.cuda.is_initialized()
 """
-    runs = [in_fresh_interpreter(code) for _ in range(3)]
-    assert runs[0]["loaded"] == []
+    runs = [in_fresh_interpreter(code) for _ in range(3)]  # the first compiles
+    assert runs[0]["packages"] == ["safetensors", "statespan"]
     assert runs[0]["cuda"] is False
-    # Of the processor, and the quickest of three, so that a busy machine does not count.
-    assert min(float(str(found["seconds"])) for found in runs) < 0.2
+    # In parts of what torch took of the same processor: 6% here, and the least of three, so that a slow or busy machine
+    # does not count.
+    assert min(float(str(found["share"])) for found in runs) < 0.125
 
 
 def test_command_line_help_needs_no_torch() -> None:

@@ -36,7 +36,7 @@ def check_answers(batch: TaskBatch, answer: Reader, num_asked: int) -> None:
         assert [answer(ids[:place]) for place in asked] == [labels[place] for place in asked]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.integers(1, 9), st.integers(0, 30), st.integers(4, 20), st.sampled_from([True, False]))
 def test_copying_asks_for_the_tokens_in_order(seed: int, count: int, more: int, vocab: int, scattered: bool) -> None:
     length, marker = count + more, vocab - 1
@@ -65,7 +65,7 @@ def test_selective_copying_scatters_evenly() -> None:
     assert frequency[1:15].min() > 0.8 * 12000 / 14 and frequency[15] == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.integers(3, 40), st.integers(3, 20))
 def test_induction_asks_what_followed_the_special_token(seed: int, length: int, vocab: int) -> None:
     batch, special = induction_heads(seed, 4, length=length, vocab_size=vocab), vocab - 1
@@ -82,7 +82,7 @@ def test_the_special_token_stands_anywhere() -> None:
     assert places[7] == 0 and (places[:7] - 1 / 7).abs().max() < 4 * (1 / 7 / 3000) ** 0.5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.integers(1, 8), st.integers(0, 9))
 def test_recall_asks_for_the_value_of_each_key_once(seed: int, pairs: int, more: int) -> None:
     length = 4 * pairs + 2 * more
@@ -107,7 +107,7 @@ def test_recall_prefers_short_gaps() -> None:
     assert (share - weights / weights.sum()).abs().max() < 0.025
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.integers(6, 60), st.sampled_from([None, 0.0, 0.3, 1.0]))
 def test_needle_asks_for_the_hidden_number(seed: int, length: int, depth: float | None) -> None:
     batch = needle(seed, 3, length=length, depth=depth)
@@ -125,7 +125,7 @@ def test_needle_asks_for_the_hidden_number(seed: int, length: int, depth: float 
     assert all(bytes(row).isdigit() for row in batch.labels[:, -4:].tolist())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 99), st.integers(1, 12), st.integers(1, 3))
 def test_phonebook_asks_for_numbers_of_its_names(seed: int, entries: int, queries: int) -> None:
     queries = min(queries, entries)

@@ -87,8 +87,8 @@ def fresh(variant: str) -> Mamba1:
 def test_what_is_not_selected_does_not_see_the_input(variant: str, selected: str) -> None:
     mixer, whole = fresh(variant), fresh("all")
     x = torch.randn(2, 7, mixer.inner_size)
-    found = dict(zip(("dt", "B", "C"), mixer._selection(x), strict=True))
-    truth = dict(zip(("dt", "B", "C"), whole._selection(x), strict=True))
+    found = dict(zip(("dt", "B", "C"), mixer.selection(x), strict=True))
+    truth = dict(zip(("dt", "B", "C"), whole.selection(x), strict=True))
     for name, value in found.items():
         if name in (selected, *selected[2:]) or variant == "all":
             torch.testing.assert_close(value, truth[name])

@@ -55,7 +55,7 @@ def test_an_interrupted_run_goes_on(toy: Experiment, calls: Calls, options: LabO
 
 def test_units_side_by_side_are_those_one_after_the_other(toy: Experiment, options: LabOptions) -> None:
     """Each waits for another to be running too."""
-    together = Barrier(2, timeout=20)
+    together = Barrier(2, timeout=60)
 
     def waits(setting: Setting, variant: str, seed: int, progress: Progress) -> Iterable[Row]:
         together.wait()
@@ -72,15 +72,17 @@ def test_units_side_by_side_are_those_one_after_the_other(toy: Experiment, optio
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
-def test_a_broken_unit_ends_those_beside_it(toy: Experiment, options: LabOptions) -> None:
-    together, stopped = Barrier(2, timeout=20), Event()
+def test_a_broken_unit_ends_those_beside_it(toy: Experiment, calls: Calls, options: LabOptions) -> None:
+    """And no other begins."""
+    together, stopped = Barrier(2, timeout=60), Event()
 
     def breaks(setting: Setting, variant: str, seed: int, progress: Progress) -> Iterable[Row]:
+        calls.append((variant, seed))
         together.wait()
         if variant == "one":
             raise UserError("broken")
         try:
-            for _ in range(2000):
+            for _ in range(6000):
                 progress(0.1, "")
                 time.sleep(0.01)
         finally:
@@ -89,7 +91,7 @@ def test_a_broken_unit_ends_those_beside_it(toy: Experiment, options: LabOptions
 
     with pytest.raises(UserError, match="broken"):
         run_experiment(replace(toy, run=breaks), replace(options, jobs=2))
-    assert stopped.is_set()
+    assert stopped.is_set() and sorted(calls) == [("one", 0), ("two", 0)]
     assert read_units(results_path(options.folder, "toy", "cpu")) == []
 
 

@@ -87,7 +87,6 @@ def test_there_is_one_for_each_recipe() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.gpu
 @pytest.mark.skipif(not any(gpu in HERE for gpu in GPUS), reason="needs an H100 or H200")
-@pytest.mark.usefixtures("room_for_large_tensors")
 def test_losses_repeat(name: str, tmp_path: Path) -> None:
     """Two runs part: the gradients of embedding and attention are not equal to the bit, and experts change hands.
 

@@ -20,7 +20,7 @@ OPTIONS = EngineOptions(max_rows=8, num_pages=400, page_size=4)
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(coroutine, 60))
+    asyncio.run(asyncio.wait_for(coroutine, 300))
 
 
 def request(first: int = 1, count: int = 5, **keywords: Any) -> Request:

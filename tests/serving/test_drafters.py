@@ -163,7 +163,7 @@ def test_a_draft_that_knows_the_model_is_always_right(hybrid):
     assert decode.report.acceptance == 1 and decode.report.verify_steps == 8 and decode.report.plain_steps == 0
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 2**32))
 def test_any_schedule(hybrid, seed):
     """Requests come, are cancelled and go on in turns, and speculation turns off and on."""

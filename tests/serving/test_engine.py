@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -740,7 +740,7 @@ def expected(model: LanguageModel) -> Iterator[Callable[[Request, int], tuple[in
     yield lookup
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(ACTIONS, MEMORY, st.sampled_from([1, 3, 7, 64]), st.sampled_from([2, 8, 100]), st.booleans())
 def test_any_schedule_gives_the_same_tokens_and_leaks_nothing(
     model: LanguageModel,

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from statespan.serving.backend import LocalBackend
 from statespan.serving.chat_template import PLAIN, ChatTemplate
 from statespan.serving.options import EngineOptions
 
+get, post = partial(httpx.get, timeout=120), partial(httpx.post, timeout=120)  # the machine may be busy
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ALPHA_STEP = 1 / 255 + 5e-4  # browsers cut alpha to 8 bits, and the page writes three digits
 PLAYGROUND = Path(statespan.__file__).parent / "serving" / "playground"
@@ -67,11 +69,11 @@ class LiveServer:
 
     def stop(self, *, at_once: bool = False) -> None:
         self.server.should_exit, self.server.force_exit = True, at_once
-        self.thread.join(20)
+        self.thread.join(120)
         self.socket.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """The condition's value once it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -91,7 +93,7 @@ def live() -> Iterator[LiveServer]:
 
 
 def test_model_facts_are_those_of_the_accounting(live: LiveServer) -> None:
-    facts = httpx.get(f"{live.url}/playground/model").json()
+    facts = get(f"{live.url}/playground/model").json()
     assert facts["state_bytes"] == state_bytes(CONFIG, 4)
     assert facts["kv_bytes_per_token"] == kv_bytes_per_token(CONFIG, 4) == 2 * 2 * 8 * 4
     assert facts["transformer_bytes_per_token"] == 4 * 2 * 2 * 8 * 4  # 7 sub-layers are 4 blocks with these heads
@@ -115,7 +117,7 @@ def test_a_transformer_of_the_same_size(name: str, gib: float) -> None:
 def test_token_views_are_those_of_the_model(live: LiveServer) -> None:
     ids = [*"né ".encode(), 0xC3]
     for layer in range(4):
-        reply = httpx.post(f"{live.url}/playground/tokens", json={"ids": ids, "layer": layer}).json()
+        reply = post(f"{live.url}/playground/tokens", json={"ids": ids, "layer": layer}).json()
         view = token_view(live.model, ids, layer)
         assert reply["texts"] == ["n", "", "é", " ", "\ufffd"]
         assert reply["dt"] == (None if view.dt is None else pytest.approx(view.dt))
@@ -134,7 +136,7 @@ def test_token_views_are_those_of_the_model(live: LiveServer) -> None:
     ],
 )
 def test_token_views_refuse_in_one_line(live: LiveServer, body: dict[str, Any], status: int, message: str) -> None:
-    reply = httpx.post(f"{live.url}/playground/tokens", json=body)
+    reply = post(f"{live.url}/playground/tokens", json=body)
     assert reply.status_code == status
     assert reply.json()["error"]["message"].startswith(message)
 
@@ -143,7 +145,7 @@ def streamed(live: LiveServer, path: str, body: dict[str, Any]) -> tuple[list[in
     """Prompt ids, reply ids and text of a stream with return_token_ids."""
     options = {"model": "statespan", "max_tokens": 9, "seed": 1, "stream": True, "return_token_ids": True}
     prompt, ids, text = [], [], ""
-    for line in httpx.post(f"{live.url}{path}", json=options | body).text.splitlines():
+    for line in post(f"{live.url}{path}", json=options | body).text.splitlines():
         if line.startswith("data: {"):
             choice = json.loads(line[6:])["choices"][0]
             prompt += choice.get("prompt_token_ids", [])
@@ -163,10 +165,10 @@ def test_streams_tell_their_token_ids(live: LiveServer) -> None:
         assert len(ids) == 9
         assert ids == list(statespan.generate(live.model, prompt, max_new_tokens=9, seed=1).token_ids)
         options = {"model": "statespan", "max_tokens": 9, "seed": 1}
-        whole = httpx.post(f"{live.url}{path}", json=options | body | {"return_token_ids": True}).json()["choices"][0]
+        whole = post(f"{live.url}{path}", json=options | body | {"return_token_ids": True}).json()["choices"][0]
         assert (whole["token_ids"], whole["prompt_token_ids"]) == (ids, prompt)
         assert (whole["text"] if "text" in whole else whole["message"]["content"]) == text
-        assert "token_ids" not in httpx.post(f"{live.url}{path}", json=options | body).json()["choices"][0]
+        assert "token_ids" not in post(f"{live.url}{path}", json=options | body).json()["choices"][0]
 
 
 def test_the_playground_is_small_and_asks_nobody_else() -> None:
@@ -201,7 +203,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
         if not errors:  # a failed request is in the console, too
             page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -343,7 +345,7 @@ def test_a_chat_has_turns_and_its_reply_can_be_changed_by_a_fork(
         {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), messages, strict=False)
     ]
     body = {"model": "statespan", "messages": history, "max_tokens": 8, "seed": 3, "temperature": 0.8}
-    reply = httpx.post(f"{live.url}/v1/chat/completions", json=body).json()
+    reply = post(f"{live.url}/v1/chat/completions", json=body).json()
     assert messages[3] == reply["choices"][0]["message"]["content"]
 
     until(lambda: colours(page)[-1] != "")
@@ -377,7 +379,7 @@ def test_stop_ends_the_request(live: LiveServer, open_page: Callable[..., Any]) 
 
 def _running(live: LiveServer) -> float:
     """Requests that the engine still works on."""
-    rows = [line.rsplit(" ", 1) for line in httpx.get(f"{live.url}/metrics").text.splitlines()]
+    rows = [line.rsplit(" ", 1) for line in get(f"{live.url}/metrics").text.splitlines()]
     names = ("statespan_engine_decoding{", "statespan_engine_prefilling{", "statespan_engine_waiting{")
     gauges = [float(value) for name, value in rows if name.startswith(names)]
     assert gauges

@@ -185,7 +185,7 @@ sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tup
 
 
 @pytest.mark.parametrize("room", [3, 1000])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sequences, st.randoms(use_true_random=False))
 def test_like_a_dictionary(hybrid: LanguageModel, room: int, keys: list[tuple[int, ...]], rng: random.Random) -> None:
     """Against a plain dict, whatever is inserted, looked up and evicted."""

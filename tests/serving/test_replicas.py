@@ -30,6 +30,7 @@ from statespan.models.layer_pattern import LayerSpec
 from statespan.serving.replica_events import Refused, ReplicaEvents
 from statespan.serving.request import Event, QueueFull, Request, RequestRefused, Usage
 
+PATIENCE_S = 600  # until what does not happen is a failure, on a busy machine
 PROGRAM = "import sys; from statespan.cli import main; sys.exit(main())"
 CONFIG = ModelConfig(
     vocab_size=256,
@@ -111,10 +112,11 @@ def test_two_replicas(model: LanguageModel, tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", PROGRAM, *words], stderr=stream)
     left: dict[int, str] = {}
     try:
-        wait_for(lambda: '"url"' in log.read_text(), 90)
+        wait_for(lambda: '"url"' in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
         url = next(json.loads(line)["url"] for line in log.read_text().splitlines() if '"url"' in line)
         left = children(process.pid)
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
             _check_replies(client, model)
             _check_affinity(client)
             addresses = listening({process.pid, *left})
@@ -122,8 +124,8 @@ def test_two_replicas(model: LanguageModel, tmp_path: Path) -> None:
             _check_death_under_load(client, model, left)
         left |= children(process.pid)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        wait_for(lambda: not any(runs(pid) for pid in left), 20)
+        assert process.wait(PATIENCE_S) == 0
+        wait_for(lambda: not any(runs(pid) for pid in left))
     finally:
         process.kill()
         process.wait()
@@ -186,7 +188,7 @@ def _check_death_under_load(client: httpx.Client, model: LanguageModel, processe
         [reply.result() for reply in replies]
     for number in range(16):
         assert texts[number] == generate(model, f"Request {number}", max_new_tokens=60, seed=number).text
-    wait_for(lambda: len(requests_by_replica(client)) == 2, 20)
+    wait_for(lambda: len(requests_by_replica(client)) == 2)
     assert set(requests_by_replica(client)) != set(before), "the dead one was not replaced"
 
 
@@ -202,8 +204,8 @@ def runs(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)

@@ -9,15 +9,16 @@ from statespan.models.language_model import LanguageModel
 from statespan.models.prefill import Prefiller, capturable
 from statespan.serving import runner as runner_module
 from statespan.serving import state_pool
+from statespan.serving.pool_memory import bucket
 from statespan.serving.runner import Chunk, Runner
-from statespan.serving.state_pool import StatePool, bucket
+from statespan.serving.state_pool import StatePool
 
 TOLERANCE = 2e-5 if torch.cuda.is_available() else 1e-5
 
 
 def served(model: LanguageModel, num_rows: int = 8) -> tuple[StatePool, Runner]:
     pool = StatePool(model, num_rows, 200, 8)
-    pool._kv.fill_(torch.nan)
+    pool._memory.kv.fill_(torch.nan)
     for tensor in pool._slabs.tensors:
         tensor.fill_(torch.nan)
     return pool, Runner(model, pool)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from statespan.generation import generate
-from statespan.generation.drafters import TextIndex
 from statespan.generation.options import GenerationOptions
+from statespan.generation.prompt_lookup import TextIndex
 from statespan.serving.decode import PlainDecode
 from statespan.serving.engine import Engine
 from statespan.serving.options import EngineOptions

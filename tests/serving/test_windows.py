@@ -7,7 +7,7 @@ import torch
 
 import statespan
 from statespan.generation import GenerationOptions
-from statespan.generation.drafters import TextIndex
+from statespan.generation.prompt_lookup import TextIndex
 from statespan.models.language_model import LanguageModel
 from statespan.serving.engine import Engine
 from statespan.serving.options import EngineOptions

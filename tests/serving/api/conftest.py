@@ -54,11 +54,11 @@ class Running:
         self.server = DrainingServer(configure(service), service)
         self._thread = threading.Thread(target=self._run, args=(sock,), daemon=True)
         self._thread.start()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 600
         while not self.server.started:
             assert time.monotonic() < end and self._thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        self.http = httpx.Client(base_url=self.url, timeout=120)
 
     def _run(self, sock: socket.socket) -> None:
         asyncio.run(self.server.serve(sockets=[sock]))
@@ -72,7 +72,7 @@ class Running:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(120)
         assert not self._thread.is_alive()
 
 

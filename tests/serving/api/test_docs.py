@@ -39,7 +39,7 @@ def test_python(start: Callable[..., Any], model: LanguageModel, capsys: pytest.
 def test_curl(start: Callable[..., Any], model: LanguageModel) -> None:
     running = start(model, name="demo")
     script = block("bash").replace(ADDRESS, running.url)
-    output = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, check=True, timeout=30).stdout
+    output = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, check=True, timeout=120).stdout
     assert '"object":"text_completion"' in output and output.rstrip().endswith("data: [DONE]")
 
 
