@@ -3,11 +3,11 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import finalize, ref
 
 import torch
 from torch import Tensor
 
+from statespan.generation.idle import give_back_at_end
 from statespan.generation.options import GenerationOptions
 from statespan.generation.sampling import log_probabilities, require_finite
 from statespan.generation.stepper import Outcome, Stepper, give_back, take
@@ -46,7 +46,7 @@ class DecodeBatch:
         self._outcomes: deque[tuple[list[int], Outcome]] = deque()
         self._ids: list[int] = []
         self._holds = [take(model, len(seeds), options)]
-        finalize(self, _end, ref(model), self._holds)
+        give_back_at_end(self, model, self._holds, give_back)
         self._on_gpu = self._stepper.decoder.captures
         self._ahead = self._on_gpu and not options.return_state and options.logprobs is False
         self._start(logits, state, prompts, [torch.Generator().manual_seed(seed) for seed in seeds])
@@ -132,8 +132,3 @@ def token_logprobs(logits: Tensor, ids: Sequence[int], num_top: int) -> list[Tok
     best = logprobs.topk(min(num_top, logprobs.shape[1]), dim=1)
     tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [TokenLogprob(c, tuple(zip(*top, strict=True))) for c, top in zip(chosen, tops, strict=True)]
-
-
-def _end(model: "ref[LanguageModel]", holds: list[Stepper]) -> None:
-    """Outside the batch, which must be free to go."""
-    give_back(model(), holds[0])

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize, ref
 
 from statespan.models.capture import addresses
 from statespan.models.language_model import LanguageModel
@@ -63,6 +63,19 @@ class Idle(Generic[Made]):
     def waiting(self, model: LanguageModel) -> list[Made]:
         """Those that wait, oldest first."""
         return list(self._waiting.get(model, {}))
+
+
+def give_back_at_end(
+    batch: object, model: LanguageModel, holds: list[Made], give_back: Callable[[LanguageModel | None, Made], None]
+) -> None:
+    """When the batch goes, give back what `holds` has first then; nothing here may keep the batch or the model."""
+    finalize(batch, _give_back_held, ref(model), holds, give_back)
+
+
+def _give_back_held(
+    model: "ref[LanguageModel]", holds: list[Made], give_back: Callable[[LanguageModel | None, Made], None]
+) -> None:
+    give_back(model(), holds[0])
 
 
 def has_graphs(model: LanguageModel) -> bool:

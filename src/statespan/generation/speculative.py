@@ -10,7 +10,6 @@ the next forward feeds them again, at the cost of a longer row and not of anothe
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from weakref import finalize, ref
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from statespan.errors import UserError
 from statespan.generation.acceptance import Verdict, judge
 from statespan.generation.batch import TokenLogprob, token_logprobs
 from statespan.generation.drafters import Draft, Drafter
+from statespan.generation.idle import give_back_at_end
 from statespan.generation.options import GenerationOptions
 from statespan.generation.pace import Kind, Pace
 from statespan.generation.penalties import History
@@ -90,7 +90,7 @@ class SpeculativeBatch:
         self._pace = Pace() if speculation.adaptive else None
         self._speculated = False  # in the last step
         self._holds = [take(model, len(seeds), 1 + speculation.num_drafts)]
-        finalize(self, _end, ref(model), self._holds)
+        give_back_at_end(self, model, self._holds, give_back)
         self._in_steps = False  # the committed state is that of the steps, and `_state` an old one
         self._state = state  # committed
         self._pending: list[list[int]] = []  # what it has not absorbed
@@ -224,8 +224,3 @@ class SpeculativeBatch:
         self._numbers = [self._numbers[row] for row in rows]
         self._left = [self._left[row] for row in rows]
         self._pending = [self._pending[row] for row in rows]
-
-
-def _end(model: "ref[LanguageModel]", holds: list[Forwards]) -> None:
-    """Outside the batch, which must be free to go."""
-    give_back(model(), holds[0])

@@ -22,6 +22,12 @@ def check_dim(op: str, name: str, tensor: Tensor, letters: str) -> None:
         raise UserError(f"{op}: {name} must be {letters}, got {list(tensor.shape)}")
 
 
+def check_steps(op: str, name: str, tensor: Tensor, letters: str) -> None:
+    """Raise UserError unless there is a time step, the second dimension."""
+    if tensor.shape[1] == 0:
+        raise UserError(f"{op}: {name} has no time step, its shape {letters} is {list(tensor.shape)}")
+
+
 def check_groups(op: str, groups: int, letter: str, count: int) -> None:
     """Raise UserError unless the groups of B and C divide what they are shared by."""
     if groups == 0 or count % groups:

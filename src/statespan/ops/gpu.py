@@ -4,6 +4,8 @@ from functools import cache
 
 import torch
 
+GRID_ROWS = (1 << 16) - 1  # blocks of a grid in its second and third dimension
+
 
 @cache
 def multiprocessors(device: torch.device) -> int:

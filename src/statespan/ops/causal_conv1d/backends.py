@@ -5,15 +5,15 @@ from torch import Tensor
 from statespan.ops.causal_conv1d import reference, torch_backend
 from statespan.ops.custom_op import gradients
 from statespan.ops.dispatch import resolve
+from statespan.ops.gpu import GRID_ROWS
 
 MOST_CUDA_TAPS = 8  # that a thread of the CUDA kernels holds for its channels
-MOST_CUDA_ROWS = (1 << 16) - 1  # of a grid
 
 
 def _resolve(backend: str, x: Tensor, weight: Tensor) -> str:
     rows, taps, too_large = x.shape[0], weight.shape[1], ()
-    if taps > MOST_CUDA_TAPS or rows > MOST_CUDA_ROWS:
-        limit = f"its kernels take up to {MOST_CUDA_TAPS} taps and {MOST_CUDA_ROWS} rows, not {taps} and {rows}"
+    if taps > MOST_CUDA_TAPS or rows > GRID_ROWS:
+        limit = f"its kernels take up to {MOST_CUDA_TAPS} taps and {GRID_ROWS} rows, not {taps} and {rows}"
         too_large = (("cuda", limit),)
     return resolve("causal_conv1d", backend, x.device, x.dtype, weight.dtype, too_large=too_large)
 

@@ -20,8 +20,8 @@ from statespan.ops.decode_step.project import (
     Normed,
     Product,
     aligned,
-    based,
     fits,
+    parameters_fit,
 )
 from statespan.ops.decode_step.stream import product
 from statespan.ops.decode_step.update import Update, mamba2_update
@@ -34,13 +34,7 @@ MOST_READ_AGAIN = 200 << 20  # bytes of experts; beyond, the grouped products, w
 
 def readable(projections: Sequence[Projection], plain: Sequence[Tensor | None], exact: Sequence[Tensor]) -> bool:
     """Whether the kernels can read these, by 16 bytes: weights, parameters of one type, and float32 others."""
-    there = [weight for weight in plain if weight is not None]
-    return (
-        all(map(aligned, projections))
-        and all(based(weight) and weight.dtype in TYPES for weight in there)
-        and len({weight.dtype for weight in there}) <= 1
-        and all(based(value) and value.dtype == torch.float32 for value in exact)
-    )
+    return all(map(aligned, projections)) and parameters_fit(plain, exact)
 
 
 def few_rows(rows: int, *projections: Projection) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from statespan.ops.decode_step.large import PART, Large, Settle, tiles
 from statespan.ops.decode_step.multiply import HALVES, multiplies
-from statespan.ops.decode_step.project import TYPES, Convolved, Normed, based
+from statespan.ops.decode_step.project import TYPES, Convolved, Normed, parameters_fit
 from statespan.ops.decode_step.update import Recur
 from statespan.ops.decode_step.weights import Mamba1Weights
 
@@ -65,13 +65,11 @@ class ManyStack:
 def takes(w: Mamba1Weights, hidden_dtype: torch.dtype, conv_dtype: torch.dtype) -> bool:
     """Whether the kernels are made for a block like this, and for this GPU."""
     projections = (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)
-    small = [value for value in (w.norm, w.conv_weight, w.conv_bias, *w.inner_norms) if value is not None]
     return (
         torch.cuda.get_device_capability(w.norm.device)[0] == 9  # of which large.cu has the own instructions
         and all(map(multiplies, projections))
         and {p.weight.dtype for p in projections} == {w.norm.dtype}
-        and all(based(value) and value.dtype == w.norm.dtype for value in small)
-        and all(based(value) and value.dtype == torch.float32 for value in (w.dt_bias, w.A_log, w.D))
+        and parameters_fit((w.norm, w.conv_weight, w.conv_bias, *w.inner_norms), (w.dt_bias, w.A_log, w.D))
         and all(size % PART == 0 for size in w.out_proj.weight.shape)
         and hidden_dtype in TYPES
         and conv_dtype in HALVES

@@ -1,5 +1,6 @@
 """How `project.cu` is compiled and how its work is divided, for one product of a decoding step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,16 @@ class Chosen:
 def based(parameter: Tensor) -> bool:
     """Whether it has no gaps and begins at a multiple of 16 bytes: a view into memory of many may not."""
     return parameter.is_contiguous() and parameter.data_ptr() % 16 == 0
+
+
+def parameters_fit(plain: Sequence[Tensor | None], exact: Sequence[Tensor]) -> bool:
+    """Whether the kernels can read these by 16 bytes: parameters of one type, and float32 others."""
+    there = [parameter for parameter in plain if parameter is not None]
+    return (
+        all(based(parameter) and parameter.dtype in TYPES for parameter in there)
+        and len({parameter.dtype for parameter in there}) <= 1
+        and all(based(value) and value.dtype == torch.float32 for value in exact)
+    )
 
 
 def aligned(projection: Projection) -> bool:

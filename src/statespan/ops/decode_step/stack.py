@@ -10,7 +10,7 @@ from statespan.ops.arguments import DISCRETIZATIONS
 from statespan.ops.decode_step import many_stack
 from statespan.ops.decode_step.launch import Launch
 from statespan.ops.decode_step.multiply import HALVES
-from statespan.ops.decode_step.project import FEW_ROWS, TYPES, aligned, based
+from statespan.ops.decode_step.project import FEW_ROWS, TYPES, aligned, parameters_fit
 from statespan.ops.decode_step.weights import Mamba1Weights
 from statespan.ops.gpu import multiprocessors, shared_memory
 
@@ -115,14 +115,11 @@ def _addresses(w: Mamba1Weights, conv_state: Tensor, ssm_state: Tensor) -> list[
 def _plain(w: Mamba1Weights) -> bool:
     """Whether the kernel can read the weights: 16 bits, without gaps, nothing but products."""
     projections = (w.in_proj, w.x_proj, w.dt_proj, w.out_proj)
-    small = [value for value in (w.norm, w.conv_weight, w.conv_bias) if value is not None]
     return (
         all(p.plain and p.scale is None and p.bias is None and aligned(p) for p in projections)
         and {p.weight.dtype for p in projections} <= {w.in_proj.weight.dtype}
         and w.in_proj.weight.dtype in HALVES
-        and all(based(value) and value.dtype == w.norm.dtype for value in small)
-        and w.norm.dtype in TYPES
-        and all(based(value) and value.dtype == torch.float32 for value in (w.dt_bias, w.A_log, w.D))
+        and parameters_fit((w.norm, w.conv_weight, w.conv_bias), (w.dt_bias, w.A_log, w.D))
         and w.A_log.shape[1] == STATES
         and not w.inner_norms
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.ops.arguments import check_devices, check_dim, check_shape
+from statespan.ops.arguments import check_devices, check_dim, check_shape, check_steps
 from statespan.ops.lti.convolution import causal_convolution
 from statespan.ops.lti.discretization import discretize
 from statespan.ops.lti.dplr import DplrSystem
@@ -119,8 +119,7 @@ def _check(
     op = "lti_scan"
     check_dim(op, "u", u, "[b t d]")
     (batch, length, channels), states = u.shape, system.B.shape[-1]
-    if length == 0:
-        raise UserError(f"{op}: u has no time step, its shape [b t d] is {list(u.shape)}")
+    check_steps(op, "u", u, "[b t d]")
     A = system.A if isinstance(system, System) else system.eigenvalues
     if A.shape not in ((channels, states), (channels, states, states)):
         raise UserError(f"{op}: A must be [d n] or [d n n] with d = {channels}, got {list(A.shape)}")

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from statespan.errors import UserError
-from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_name, check_tensors, needs_gradients
+from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_name, check_steps, check_tensors, needs_gradients
 from statespan.ops.autocast import product_dtype
 from statespan.ops.mamba1_block import inner
 from statespan.ops.mixer_block import define_block
@@ -74,8 +73,7 @@ def mamba1_block(
     check_dim(op, "conv_weight", conv_weight, "[d k]")
     (batch, length, size), (channels, states) = hidden.shape, A_log.shape
     rank, taps = dt_proj.shape[1], conv_weight.shape[1]
-    if length == 0:
-        raise UserError(f"{op}: hidden has no time step, its shape [b t h] is {list(hidden.shape)}")
+    check_steps(op, "hidden", hidden, "[b t h]")
     check_name("discretization", discretization, DISCRETIZATIONS)
     dt_norm, B_norm, C_norm = inner_norms or (None, None, None)
     check_tensors(

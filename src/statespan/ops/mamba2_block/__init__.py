@@ -5,7 +5,15 @@ import math
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.ops.arguments import DISCRETIZATIONS, check_dim, check_groups, check_name, check_tensors, needs_gradients
+from statespan.ops.arguments import (
+    DISCRETIZATIONS,
+    check_dim,
+    check_groups,
+    check_name,
+    check_steps,
+    check_tensors,
+    needs_gradients,
+)
 from statespan.ops.autocast import product_dtype
 from statespan.ops.mamba2_block import inner
 from statespan.ops.mixer_block import define_block
@@ -78,8 +86,7 @@ def mamba2_block(
     check_dim(op, "conv_weight", conv_weight, "[c k]")
     check_dim(op, "A_log", A_log, "[a]")
     (batch, length, width), channels, heads = hidden.shape, conv_weight.shape[0], A_log.shape[0]
-    if length == 0:
-        raise UserError(f"{op}: hidden has no time step, its shape [b t h] is {list(hidden.shape)}")
+    check_steps(op, "hidden", hidden, "[b t h]")
     if chunk_size < 1 or not dt_limit[0] <= dt_limit[1]:
         raise UserError(f"{op}: chunk_size must be at least 1 and dt_limit rise, got {chunk_size} and {dt_limit}")
     check_name("discretization", discretization, DISCRETIZATIONS)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statespan.errors import UserError
 from statespan.ops.arguments import (
     DISCRETIZATIONS,
     check_devices,
@@ -13,17 +12,18 @@ from statespan.ops.arguments import (
     check_groups,
     check_name,
     check_shape,
+    check_steps,
     needs_gradients,
 )
 from statespan.ops.custom_op import define, gradients
 from statespan.ops.dispatch import resolve
+from statespan.ops.gpu import GRID_ROWS
 from statespan.ops.selective_scan import reference
 from statespan.ops.selective_scan.inputs import Inputs, Options
 
 __all__ = ["selective_scan"]
 
 MAX_CUDA_STATES = 128  # of a channel
-MAX_CUDA_ROWS = (1 << 16) - 1  # of a grid
 
 
 def selective_scan(
@@ -89,8 +89,7 @@ def selective_scan(
     check_dim(op, "A", A, "[d n]")
     check_dim(op, "B", B, "[b t g n]")
     (batch, length, channels), states, groups = u.shape, A.shape[1], B.shape[2]
-    if length == 0:
-        raise UserError(f"{op}: u has no time step, its shape [b t d] is {list(u.shape)}")
+    check_steps(op, "u", u, "[b t d]")
     check_groups(op, groups, "d", channels)
     check_shape(op, "dt", dt, "[b t d]", (batch, length, channels))
     check_shape(op, "A", A, "[d n]", (channels, states))
@@ -121,8 +120,8 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, Options, str]:
         too_large = tuple((kernels, "its kernels want one state a channel at least") for kernels in ("cuda", "triton"))
     elif states > MAX_CUDA_STATES:
         too_large = (("cuda", f"its kernels hold up to {MAX_CUDA_STATES} states a channel, and B has {states}"),)
-    elif rows > MAX_CUDA_ROWS:
-        too_large = (("cuda", f"its kernels take up to {MAX_CUDA_ROWS} rows, and u has {rows}"),)
+    elif rows > GRID_ROWS:
+        too_large = (("cuda", f"its kernels take up to {GRID_ROWS} rows, and u has {rows}"),)
     types = (x.dtype for x in (inputs.u, inputs.dt, inputs.B, inputs.C, inputs.z) if x is not None)
     name = resolve("selective_scan", backend, inputs.u.device, *types, too_large=too_large)
     return inputs, Options(dt_softplus, discretization), name
