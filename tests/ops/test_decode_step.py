@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 
 import pytest
 import torch
@@ -394,6 +395,24 @@ def test_the_best_token(backend, tokens, rows):
     truth = torch.tensor([row.index(max(row, key=lambda x: (x != x, x))) for row in logits.tolist()])
     assert torch.equal(ids, truth)
     torch.testing.assert_close(best, logits.gather(1, truth[:, None])[:, 0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_a_thread_whose_first_call_is_a_step(backend):
+    """PyTorch gives a thread the device's context when it calls the driver itself, and not before."""
+    layer, norm = built(Mamba2(HIDDEN, MAMBA2["plain"]), "bfloat16")
+    hidden, state = torch.randn(2, HIDDEN), layer.new_state(2, norm.weight.device, torch.bfloat16)
+    step, found = prepare(layer.step_weights(norm), 2, torch.float32, torch.bfloat16), []
+    assert step is not None
+    expected = step(hidden.clone(), state.conv.clone(), state.ssm.clone())
+    arguments = hidden.clone(), state.conv.clone(), state.ssm.clone()
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=lambda: found.append(step(*arguments)))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert found and all(map(torch.equal, found[0], expected))
 
 
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")

@@ -121,7 +121,7 @@ def test_a_cuda_launch_passes_sizes_and_says_what_the_driver_refused(monkeypatch
         return (status[0],)
 
     monkeypatch.setattr(driver, "cuLaunchKernel", cuLaunchKernel)
-    monkeypatch.setattr(cuda_launcher, "_enter", lambda device: None)
+    monkeypatch.setattr(cuda_launcher, "enter", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     kernel = type("Kernel", (), {"handle": 5})()

@@ -3,6 +3,6 @@
 Nothing here is imported before a CUDA tensor comes.
 """
 
-from statespan.ops.cuda_kernels.launcher import Kernel, Launch, address, allow_shared, scalar_type
+from statespan.ops.cuda_kernels.launcher import Kernel, Launch, address, allow_shared, enter, scalar_type
 
-__all__ = ["Kernel", "Launch", "address", "allow_shared", "scalar_type"]
+__all__ = ["Kernel", "Launch", "address", "allow_shared", "enter", "scalar_type"]

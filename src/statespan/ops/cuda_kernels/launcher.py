@@ -85,8 +85,7 @@ class Launch:
     def __call__(self, *arguments: int) -> None:
         """Launch the kernel."""
         device = self._device
-        if device not in _entered.__dict__:
-            _enter(device)
+        enter(device)
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(*arguments)
@@ -127,8 +126,10 @@ def current_stream(device: int) -> Any:
 _entered: Any = threading.local()
 
 
-def _enter(device: int) -> None:
+def enter(device: int) -> None:
     """Give this thread the device's context, which PyTorch does only when it calls the driver itself."""
+    if device in _entered.__dict__:
+        return
     with torch.cuda.device(device):
         cuda_core().Device(device).set_current()
     _entered.__dict__[device] = True

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statespan.ops.cuda_kernels import allow_shared
+from statespan.ops.cuda_kernels import allow_shared, enter
 from statespan.ops.cuda_kernels.compiler import cubin, cuda_core
 
 HERE = Path(__file__).parent
@@ -52,6 +52,7 @@ class Launch:
         return cuda_core().LaunchConfig(**self._options)
 
     def __call__(self, *arguments: Tensor | int | None) -> None:
+        enter(self._device.index)
         values = [0 if a is None else a if isinstance(a, int) else a.data_ptr() for a in arguments]
         handle = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):
