@@ -260,7 +260,15 @@ def test_one_graph_for_every_routing(tokens: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", [*GPU, *BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("tokens", "sizes"), [(1, (5, 6, 4)), (7, (5, 64, 48)), (60, (5, 64, 48)), (600, (5, 64, 48)), (1500, (5, 64, 48))]
+    ("tokens", "sizes"),
+    [
+        (1, (5, 6, 4)),
+        (7, (5, 64, 48)),
+        (60, (5, 64, 48)),
+        (600, (5, 64, 48)),
+        (1500, (5, 64, 48)),
+        (300, (5, 4096, 48)),
+    ],
 )
 def test_int8_weights(tokens: int, sizes: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
     p = problem(tokens, sizes=sizes, dtype=dtype)

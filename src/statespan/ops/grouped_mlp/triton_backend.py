@@ -18,6 +18,7 @@ from statespan.ops.triton_kernels.launcher import start
 from statespan.ops.tuning import Tunable
 
 LONG = 4096  # inputs from which int8 weights have rows of their own in the tuning table
+FITTING = 56  # rows on average of which most experts have at most 64; int8 weights are widened again for each tile
 FEW = 128  # choices up to here need no sorting: each program looks through all
 PRODUCT_SHARED = 200 << 10
 GROUP = 16  # most blocks of rows that go through the same weights side by side
@@ -157,8 +158,9 @@ def product_tile(x: Tensor, weight: Tensor, rows: int, choices: int) -> Tile:
         tile = UNALIGNED
     elif x.dtype == torch.float32:
         tile = PRECISE
-    elif rows <= 96:
-        height = max(16, min(64, power_of_two(2 * rows)))
+    elif rows <= 96 or weight.dtype == torch.int8:
+        tallest = 128 if weight.dtype == torch.int8 and rows > FITTING else 64
+        height = max(16, min(tallest, power_of_two(2 * rows)))
         tile = _stream(weight, height, min(height, choices))
     else:
         tile = PRODUCT if shared_memory(x.device) >= PRODUCT_SHARED else PRODUCT_REGISTERS
@@ -257,7 +259,7 @@ def _trial(dtype: torch.dtype, hidden: int) -> Callable[[torch.device, int], Cal
 _TILES = {"weights": (32, 64, 128), "inputs": (128, 256), "stages": (3, 4)}
 STREAM = Tunable("grouped_mlp.stream", (16, 32, 64), _trial(torch.bfloat16, 2048), **_TILES, warps=(4, 8))
 # Two warps: where four share 16 rows, each value is widened twice.
-_INT8 = _TILES | {"warps": (2, 4, 8)}
-STREAM_INT8 = Tunable("grouped_mlp.stream_int8", (16, 32, 64), _trial(torch.int8, LONG), **_INT8)
-STREAM_INT8_SHORT = Tunable("grouped_mlp.stream_int8_short", (8, 16, 32, 64), _trial(torch.int8, 1024), **_INT8)
+_INT8 = _TILES | {"inputs": (64, 128, 256), "warps": (2, 4, 8)}
+STREAM_INT8 = Tunable("grouped_mlp.stream_int8", (16, 32, 64, 128), _trial(torch.int8, LONG), **_INT8)
+STREAM_INT8_SHORT = Tunable("grouped_mlp.stream_int8_short", (8, 16, 32, 64, 128), _trial(torch.int8, 1024), **_INT8)
 TUNABLES = (STREAM, STREAM_INT8, STREAM_INT8_SHORT)
