@@ -98,12 +98,13 @@ class Again:
 
     projections: float = 0.0
     convolutions: float = 1.0
+    casts: float = 1.0
 
     def __str__(self) -> str:
         if self == Again():
             return "forward + backward"
-        name = "projections" if self.projections else "convolutions"
-        return f"forward + backward, recompute_{name}={getattr(self, name):g}"
+        shares = (f"recompute_{name}={share:g}" for name, share in vars(self).items() if share != getattr(Again, name))
+        return ", ".join(("forward + backward", *shares))
 
 
 def training_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
@@ -121,7 +122,7 @@ def training_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
     def forward_backward(ids: Tensor) -> Tensor:
         with (
             torch.autocast("cuda", torch.bfloat16),
-            recomputing(model.layers, False, again.projections, again.convolutions),
+            recomputing(model.layers, False, again.projections, again.convolutions, again.casts),
         ):
             loss = model(ids, labels=ids).loss
         assert loss is not None
@@ -142,29 +143,34 @@ def training_rows(case: Case, options: argparse.Namespace) -> Iterator[Row]:
         captured = Captured(model, forward_backward)
 
         def replay() -> None:
-            model.zero_grad()
             captured(ids)
+            model.zero_grad()  # while the GPU computes, as where a step follows
 
-        return *seconds_of(replay, repetitions), replay
+        return *seconds_of(replay, repetitions), lambda: captured(ids)
 
     seconds, spread = seconds_of(bare, repetitions)
     yield Row(task, str(again), ids.numel() / seconds, "tok/s", spread, goal)
     yield Row(task, str(again), peak_after(bare), "GiB", 0, peer)
     if options.profile:
         profile(bare)
-    for again in (Again(convolutions=0), *((Again(0.25), Again(1)) if options.memory else ())):
+    for again in (
+        Again(convolutions=0),
+        Again(convolutions=0, casts=0),
+        *((Again(0.25), Again(1)) if options.memory else ()),
+    ):
         yield Row(task, str(again), peak_after(bare), "GiB", 0, peer)
         seconds, spread = as_graph()[:2]  # the graph and its memory go
         yield Row(task, f"{again}, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
         model.zero_grad()
     again = Again()
-    seconds, spread, replay = as_graph()
+    seconds, spread, captured = as_graph()
     yield Row(task, f"{again}, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        replay()
+        captured()
         optimizer.step()
+        model.zero_grad()
 
     seconds, spread = seconds_of(step, repetitions)
     yield Row(task, "AdamW step, CUDA graph", ids.numel() / seconds, "tok/s", spread, goal)

@@ -1,5 +1,7 @@
 """Chunks of prompts on memory that stays where it is, padded to a few lengths: what the model's own forward gives."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -79,6 +81,13 @@ def test_padding_of_the_prompts_is_not_seen(name: str, device: str) -> None:
         for row, first in ((0, 0), (1, 20)):
             alone = model(ids[row : row + 1, first:].to(device), logits_at="last").logits
             check_close([logits[row : row + 1]], [alone])
+
+
+def test_a_chunk_is_padded_to_the_next_size() -> None:
+    """A step up is at most 64 tokens, or half of the size below, a quarter from 512 tokens on."""
+    assert SIZES[-1] == MOST_TOKENS and SIZES[0] == 64
+    for size, above in pairwise(SIZES):
+        assert above % 64 == 0 and above - size <= max(64, size // (4 if size >= 512 else 2))
 
 
 def test_what_is_worth_a_graph() -> None:

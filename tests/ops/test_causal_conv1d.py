@@ -120,6 +120,17 @@ def test_taps_and_lengths(backend, taps):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_taps_and_bias_in_bfloat16(dtype, biased, backend):
+    x, weight, bias, state = make(length=70, channels=66, dtype=dtype)
+    weight, bias = weight.bfloat16(), bias.bfloat16() if biased else None
+    exact = truth(x, weight, bias, state, None)
+    ours = causal_conv1d(x, weight, bias, initial_state=state, return_final_state=True, backend=backend)
+    assert all(error(one, other) < LIMIT[dtype] for one, other in zip(ours, exact, strict=True))
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [1, 5, 33, 1536])
 def test_channels_and_dtypes(channels, dtype, backend):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from statespan.ops.causal_conv1d import cuda_backend as conv
-from statespan.ops.cuda_kernels import compiler
+from statespan.ops.cuda_kernels import compiler, marks
 from statespan.ops.sampling_edge import cuda_backend as edge
 from statespan.ops.selective_scan import cuda_plan
 
@@ -108,6 +108,14 @@ def test_the_sampling_edge_compiles(arch: str, size: int) -> None:
     assert "0 bytes spill stores" in "".join(log), log
 
 
+@pytest.mark.parametrize("dtype", marks.SEGMENT)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_tokens_marks_compile(arch: str, dtype: torch.dtype) -> None:
+    log: list[str] = []
+    compiler.compile_cubin(marks.KERNEL.file, arch, dict(marks.macros(dtype)), log)
+    assert "0 bytes spill stores" in "".join(log), log
+
+
 @pytest.mark.parametrize("room", [SHARED_BYTES, 227 * 1024])
 @pytest.mark.parametrize(("channels", "length"), [(64, 100), (1536, 16384), (5120, 2048), (40960, 2048)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -127,7 +135,8 @@ def test_the_forward_is_planned_within_shared_memory(channels, length, dtype, ro
     ("states", "channels", "length", "form"),
     [
         *(
-            (16, 1536, 16384, (2, 16)),
+            (16, 1536, 16384, (2, 12)),
+            (16, 2048, 16384, (2, 16)),
             (16, 5120, 2048, (2, 40)),
             (16, 8192, 32768, (4, 32)),
             (16, 40960, 2048, (8, 64)),
@@ -204,7 +213,8 @@ def test_rows_that_do_not_begin_at_16_bytes_take_narrow_loads() -> None:
 def test_every_kernel_file_is_compiled_here() -> None:
     assert {file.stem for file in FOLDER.glob("*.cu")} == set(SPILL_BYTES)
     others = {file.parent.name for file in FOLDER.parent.rglob("*.cu")} - {FOLDER.name}
-    assert others == {"decode_step", "sampling_edge", "causal_conv1d"}  # test_decode_kernels.py, and here
+    # test_decode_kernels.py, and here
+    assert others == {"decode_step", "sampling_edge", "causal_conv1d", "cuda_kernels"}
 
 
 def test_a_mistake_in_the_source_is_told(tmp_path: Path) -> None:
@@ -236,6 +246,8 @@ CONVOLUTIONS = {
     "plain": {},
     "segments": {"segments": torch.int64, "initial": True},
     "float32": {"dtype": torch.float32, "segments": torch.int32},
+    "narrow taps": {"weights": (torch.bfloat16, torch.bfloat16), "segments": torch.int64},
+    "narrow bias": {"weights": (torch.float32, torch.float16), "dtype": torch.float16},
     "odd": {"size": (1, 4, 67), "rows": (67, 71, 67), "aligned": False, "biased": False, "silu": False},
     "one tap": {"taps": 1},
     "eight taps": {"taps": 8, "segments": torch.int64},

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from statespan.errors import UserError
-from statespan.ops import causal_conv1d, gated_rms_norm, mamba1_block, mamba2_block, rms_norm, selective_scan, ssd
+from statespan.ops import (
+    causal_conv1d,
+    gated_rms_norm,
+    mamba1_block,
+    mamba2_block,
+    mixer_block,
+    rms_norm,
+    selective_scan,
+    ssd,
+)
 from statespan.ops.mamba1_block.inner import Inner as Inner1
 from statespan.ops.mamba2_block.inner import Inner as Inner2
 
@@ -124,7 +133,7 @@ class Mamba1:
             " dt_proj dt_bias A_log D initial_conv initial_state"
         )
         tensors = [leaves[name] for name in order.split()]
-        options = (None, 1e-5, "mamba", 1e-5, torch.float32, 2)
+        options = (None, 1e-5, "mamba", 1e-5, torch.float32, 2, False)
         torch.library.opcheck(torch.ops.statespan.mamba1_block.default, (*tensors, *options))
 
 
@@ -210,7 +219,7 @@ class Mamba2:
             " initial_conv initial_state"
         )
         tensors = [leaves[name] for name in order.split()]
-        options = (cls.groups, 1e-5, cls.channels // 2, False, 0.01, 2.0, 16, "mamba", 1e-5, torch.float32, 2)
+        options = (cls.groups, 1e-5, cls.channels // 2, False, 0.01, 2.0, 16, "mamba", 1e-5, torch.float32, 2, False)
         torch.library.opcheck(torch.ops.statespan.mamba2_block.default, (*tensors, None, *options))
 
 
@@ -310,6 +319,19 @@ def test_the_conv_runs_once_where_its_output_is_kept(block: Block, monkeypatch: 
     actual = values_and_gradients(partial(block.at_once, keep_convolved=True), inputs, None, block.option)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert len(calls) == 1
+
+
+@both_blocks
+def test_weights_are_cast_once_where_they_are_kept(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {name: value.float() for name, value in block.problem(9).items()}
+    inputs["out_proj"] = inputs["out_proj"].bfloat16()  # is not cast
+    calls, cast = list[int](), mixer_block.in_dtype
+    monkeypatch.setattr(mixer_block, "in_dtype", lambda *arguments: calls.append(1) or cast(*arguments))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = values_and_gradients(block.at_once, inputs, None, block.option)
+        actual = values_and_gradients(partial(block.at_once, keep_cast=True), inputs, None, block.option)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert len(calls) == 3
 
 
 @both_blocks

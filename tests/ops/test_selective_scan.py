@@ -424,7 +424,7 @@ def planned_anew() -> Iterator[None]:
     cuda_plan.scan_of.cache_clear()
 
 
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("document", [None, 50, 333])
 @pytest.mark.parametrize(
     ("states", "form"),
     [
@@ -438,14 +438,14 @@ def planned_anew() -> Iterator[None]:
 def test_every_form_of_the_forward(
     states: int,
     form: cuda_plan.Form,
-    segmented: bool,
+    document: int | None,
     backend: str,
     planned_anew: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cuda_plan.Scan, "forward_plan", lambda work: (form, -(-work.length // 64) * 64))
     inputs = make(2, 333, 136, 1, states, torch.bfloat16)
-    segments = torch.where(torch.rand(2, 333) < 0.1, -1, torch.arange(333) // 50) if segmented else None
+    segments = torch.where(torch.rand(2, 333) < 0.1, -1, torch.arange(333) // document) if document else None
     check_halves(inputs, segments=segments)
 
 

@@ -40,7 +40,7 @@ def wide(*values: Tensor | None) -> list[Tensor | None]:
 
 
 def weights() -> Iterator[Pair]:
-    from statespan.ops.triton_kernels.weights import cast, sum_of_parts
+    from statespan.ops.triton_kernels.weights import add_rows, cast, sum_of_parts
 
     given = [torch.randn(shape) for shape in ((70, 130), (3, 2), (5000,), (1, 1))]
     for count in range(1, 5):
@@ -50,6 +50,23 @@ def weights() -> Iterator[Pair]:
         outputs = [torch.full((size,), torch.nan) for size in (split, columns - split) if size]
         sum_of_parts(parts, *outputs)
         yield torch.cat(outputs), parts.double().sum(0)
+    for most, count, columns in ((3, 40, 5), (30, 20, 600), (1, 8, 4), (1, 1, 3)):
+        ids, added, total = (
+            torch.randint(0, most, (count,)),
+            torch.randn(count, columns),
+            torch.randn(most + 2, columns),
+        )
+        exact = total.double().index_add(0, ids, added.double())
+        add_rows(total, ids, added)
+        yield total, exact
+    from statespan.ops.tied_embedding import _TiedEmbedding
+
+    ids, weight, other = torch.randint(0, 6, (2, 30)), torch.randn(9, 11, requires_grad=True), torch.randn(2, 30, 9)
+    exact = weight.detach().double().requires_grad_()
+    rows, head = _TiedEmbedding.apply(ids, weight)
+    loss = ((rows @ head.T) * other).sum()
+    wanted = torch.autograd.grad(((exact[ids] @ exact.T) * other.double()).sum(), exact)
+    yield from ((torch.autograd.grad(loss, weight, retain_graph=True)[0], wanted[0]) for _ in range(2))
 
 
 def rms_norm() -> Iterator[Pair]:
@@ -338,6 +355,19 @@ def ssd() -> Iterator[Pair]:
         yield from zip(found, run(*wide(*tensors)), strict=True)
         upstream = [torch.randn(value.shape) for value in found]
         grads = triton_backend.backward(*upstream, inputs, options)
+        yield from zip(grads, vjp(run, tensors, upstream), strict=True)
+    run = lambda *v: reference.ssd(Inputs(*v, None), options)  # noqa: E731
+    for processors in (1, 99):  # gradients in places that are given
+        triton_plan.multiprocessors = lambda device, count=processors: count
+        x, dt, (B, C) = torch.randn(2, 21, 4, 16), torch.randn(2, 21, 4), torch.randn(2, 2, 21, 2, 32)
+        tensors = (x, dt, -torch.rand(4) - 0.05, B, C, torch.randn(4), torch.randn(4), torch.randn(2, 4, 16, 32))
+        upstream = [torch.randn(2, 21, 4, 16), torch.randn(2, 4, 16, 32)]
+        whole = torch.full((2, 21, 4 * 16 + 4 + 2 * 2 * 32 + 3), torch.nan)
+        of_x, of_dt, of_B, of_C, rest = whole.split([64, 4, 64, 64, 3], dim=-1)
+        into = (of_x.unflatten(-1, (4, 16)), of_dt, of_B.unflatten(-1, (2, 32)), of_C.unflatten(-1, (2, 32)))
+        grads = triton_backend.backward(*upstream, Inputs(*tensors, None), options, into)
+        assert all(place is found for place, found in zip(into, (*grads[:2], *grads[3:5]), strict=True))
+        assert rest.isnan().all()
         yield from zip(grads, vjp(run, tensors, upstream), strict=True)
 
 

@@ -60,7 +60,10 @@ def test_leaves_no_trace(hybrid: ModelConfig):
     assert kept == sorted(kept) and sum(kept) == len(kept) - round(len(kept) / 2)
     with recomputing(model.layers, False, convolutions=0.5):
         assert [block.mixer.keep_convolved for block in model.layers] == kept
-    assert all(block.mixer.keep_projected and not block.mixer.keep_convolved for block in model.layers)
+    with recomputing(model.layers, False, casts=0.5):
+        assert [block.mixer.keep_cast for block in model.layers] == kept
+    for mixer in (block.mixer for block in model.layers):
+        assert (mixer.keep_projected, mixer.keep_convolved, mixer.keep_cast) == (True, False, False)
     copy.deepcopy(model)
     with pytest.raises(ZeroDivisionError), recomputing(model.layers):
         _ = 1 / 0

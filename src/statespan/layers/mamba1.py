@@ -68,6 +68,7 @@ class Mamba1(SelectiveMixer):
             discretization=self.config.discretization,
             keep_projected=self.keep_projected,
             keep_convolved=self.keep_convolved,
+            keep_cast=self.keep_cast,
         )
         return hidden, output, None if state is None else SSMState(conv, ssm)
 

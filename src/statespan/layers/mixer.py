@@ -21,7 +21,7 @@ class Mixer(KeepFloat32):
     """
 
     # Where norm, projections and mixer run as one op: for the backward, or computed again in it.
-    keep_projected, keep_convolved = True, False
+    keep_projected, keep_convolved, keep_cast = True, False, False
 
     @abstractmethod
     def forward(self, hidden: Tensor, state: Any = None, segments: Tensor | None = None) -> tuple[Tensor, State | None]:

@@ -23,6 +23,7 @@ from statespan.models.prefill import Prefiller, capturable
 from statespan.models.verify_step import NoVerifyStep, VerifyDecoder
 from statespan.ops import linear, linear_cross_entropy
 from statespan.ops.decode_step import HeadWeights, Projection
+from statespan.ops.tied_embedding import tied_embedding
 
 
 class Tokenizer(Protocol):
@@ -131,12 +132,12 @@ class LanguageModel(nn.Module):
         if attention_mask is not None:
             segments = torch.zeros_like(input_ids) if segments is None else segments
             segments = segments.masked_fill(attention_mask == 0, -1)
-        hidden = self.embedding(input_ids).to(self.stream_dtype)
+        hidden, head_weight = self._embed(input_ids, labels is not None)
         hidden, state, router, activation = self.backbone(hidden, state, segments)
         aux_loss = self._aux_loss(router, activation)
         loss = logits = None
         if labels is not None:
-            loss = self._loss(self.normed(hidden), labels, segments)
+            loss = self._loss(self.normed(hidden), head_weight, labels, segments)
         elif logits_at != "none":
             logits = self.head(hidden if logits_at == "all" else last_real(hidden, segments))
         return LanguageModelOutput(logits, state, loss, aux_loss, router)
@@ -153,7 +154,17 @@ class LanguageModel(nn.Module):
         logits = linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
         return logits[..., : self.config.vocab_size]
 
-    def _loss(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor, with_head: bool) -> tuple[Tensor, Tensor]:
+        """The tokens' rows [b t h] of the residual stream, and the head's matrix for the loss."""
+        embedding = self.embedding
+        watched = embedding._forward_hooks or embedding._forward_pre_hooks
+        if with_head and self.lm_head is None and type(embedding) is nn.Embedding and not watched:
+            rows, head = tied_embedding(input_ids, embedding.weight)
+        else:
+            rows, head = embedding(input_ids), self.head_weight
+        return rows.to(self.stream_dtype), head
+
+    def _loss(self, hidden: Tensor, head_weight: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
         targets = labels[:, 1:]
         if segments is not None:
             follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
@@ -162,7 +173,7 @@ class LanguageModel(nn.Module):
             targets = F.pad(targets, (0, 1), value=-100)
         else:
             hidden = hidden[:, :-1]
-        return linear_cross_entropy(hidden, self.head_weight, targets, valid_vocab_size=self.config.vocab_size)
+        return linear_cross_entropy(hidden, head_weight, targets, valid_vocab_size=self.config.vocab_size)
 
     def _aux_loss(self, router: tuple[RouterMetrics, ...], activation: Tensor) -> Tensor:
         moe, total = self.config.moe, self.config.activation_loss_coef * activation.float()

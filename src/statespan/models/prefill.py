@@ -14,8 +14,9 @@ from statespan.models.backbone import Backbone, Block
 from statespan.models.capture import capturing
 from statespan.models.slabs import Slabs, states_in
 
-SIZES = (64, 128, 256, 512, 1024, 2048)  # tokens of the chunks that there are graphs for
-LEAST_WHOLE = 512  # a longer chunk is taken apart into whole sizes from this one on, and a rest: padding costs more
+# Tokens of the chunks that there are graphs for. However short it is, a graph takes the time of several hundred tokens,
+# so a chunk is padded to the next size rather than taken apart.
+SIZES = (64, 128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 MOST_TOKENS = 2048  # of all rows of a chunk together; with more a GPU takes longer than the host
 
 
@@ -62,16 +63,10 @@ class Prefiller:
         Returns:
             The residual stream [b 1 h] after the last tokens, overwritten by the next call.
         """
-        length = ids.shape[1]
-        whole = max((size for size in SIZES if size <= length), default=0)
-        if LEAST_WHOLE <= whole < length:
-            parts = [None, None] if real is None else real.split([whole, length - whole], 1)
-            self.feed(ids[:, :whole], parts[0])
-            return self.feed(ids[:, whole:], parts[1])
         if real is not None and bool(real.all()):
             real = None
-        size = next(size for size in SIZES if size >= length)
-        padded = size > length or real is not None
+        size = next(size for size in SIZES if size >= ids.shape[1])
+        padded = size > ids.shape[1] or real is not None
         if (size, padded) not in self._chunks:
             self._chunks[size, padded] = _Chunk(self, len(ids), size, padded)
         return self._chunks[size, padded](ids, real)

@@ -5,7 +5,7 @@ kept for the backward, or the former alone, for one more product; what out_proj 
 is made anyway. Gradients of weights are sums in the weights' dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +90,9 @@ def of_weight(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a weight [o i] in its dtype, from that of F.linear(x, weight) [.. o] and x [.. i]."""
     rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
     if grad.is_cuda and grad.element_size() == 2 and dtype == torch.float32 and torch.version.hip is None:
+        if 128 < rows.shape[1] <= 192 and len(rows) % 2 == 0:  # too few tiles for the whole GPU: halves of the tokens
+            of_rows, of_inputs = (x.unflatten(0, (2, -1)) for x in (rows, inputs))
+            return torch.bmm(of_rows.mT, of_inputs, out_dtype=dtype).sum(0)
         return torch.mm(rows.T, inputs, out_dtype=dtype)  # the sums as they are, neither rounded nor cast
     return (rows.T @ inputs).to(dtype)
 
@@ -123,35 +126,53 @@ def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]
     """Register the op `name` and return it.
 
     It takes hidden, update, the tensors of Ends and of `middle`, middle's options, Ends' epsilon and dtype, and what is
-    kept for a backward: 0 nothing, 1 all but in_proj's output and the conv's, 2 the former, too, 3 both.
+    kept for a backward: 0 nothing, 1 all but in_proj's output and the conv's, 2 the former, too, 3 both; and whether
+    the products' weights are, where they were cast.
 
     Its outputs are hidden + update (empty without an update), out_proj's output, the final states, and what is kept.
     """
     num_tensors = 5 + middle.tensors.count("Tensor")
+    num_cast = 2 + len(middle.matrices)
+    num_saved = 3 + middle.num_kept + num_cast
 
-    def split(arguments: tuple[Any, ...]) -> tuple[Ends, Callable[[Tensor], Any]]:
+    def weights_of(arguments: tuple[Any, ...]) -> list[Tensor]:
+        return [arguments[1], arguments[3], *(arguments[5 + place] for place in middle.matrices)]
+
+    def made(cast: list[Tensor], weights: list[Tensor], wanted: bool) -> list[Tensor | None]:
+        return [low if wanted and low is not weight else None for low, weight in zip(cast, weights, strict=True)]
+
+    def split(arguments: tuple[Any, ...], cast: Sequence[Tensor]) -> tuple[Ends, Callable[[Tensor], Any]]:
         *given, epsilon, dtype = arguments
         (norm, in_proj, in_bias, out_proj, out_bias), others = given[:5], given[5:]
-        in_low, out_low, *low = in_dtype(dtype, [in_proj, out_proj, *(others[place] for place in middle.matrices)])
+        in_low, out_low, *low = cast
         ends = Ends(norm, in_proj, in_bias, out_proj, out_bias, in_low, out_low, epsilon, dtype)
         return ends, lambda projected: middle.inputs(projected, *others, *low)
 
     def forward(hidden: Tensor, update: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-        (ends, inputs), keep = split(arguments[:-1]), arguments[-1]
+        *given, keep, keep_cast = arguments
+        weights = weights_of(arguments)
+        cast = in_dtype(given[-1], weights)
+        ends, inputs = split(tuple(given), cast)
         with torch.autocast(hidden.device.type, enabled=False):
             projected, normed = ends.enter(hidden, update, keep > 0)
             y, *found = middle.forward(inputs(projected), keep)
             kept = (projected if keep >= 2 else None, None if normed.inverses is None else normed.y, normed.inverses)
-            return _all(y, normed.total, ends.leave(y), *found[:2], *kept, *found[2:])
+            kept_cast = made(cast, weights, keep > 0 and keep_cast)
+            return _all(y, normed.total, ends.leave(y), *found[:2], *kept, *found[2:], *kept_cast)
 
     def fake(hidden: Tensor, update: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-        (ends, inputs), keep = split(arguments[:-1]), arguments[-1]
+        *given, keep, keep_cast = arguments
+        weights = weights_of(arguments)
+        cast = in_dtype(given[-1], weights)
+        ends, inputs = split(tuple(given), cast)
         projected = hidden.new_empty(*hidden.shape[:2], ends.in_proj.shape[0], dtype=ends.dtype)
         y, *found = middle.fake(inputs(projected), keep)
         total, out = None if update is None else hidden.new_empty(hidden.shape), projected.new_empty(hidden.shape)
         with_output = keep > 0 and block_norm.keeps_output(ends.dtype)
         normed, inverses = (torch.empty_like(out), block_norm.new_inverses(hidden)) if with_output else (None, None)
-        return _all(y, total, out, *found[:2], projected if keep >= 2 else None, normed, inverses, *found[2:])
+        kept = (projected if keep >= 2 else None, normed, inverses)
+        kept_cast = made(cast, weights, keep > 0 and keep_cast)
+        return _all(y, total, out, *found[:2], *kept, *found[2:], *kept_cast)
 
     def backward(
         grad_total: Tensor | None,
@@ -161,8 +182,14 @@ def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]
         *rest: Any,
     ) -> list[Tensor]:
         stream, inverses, projected, *kept = rest[: 3 + middle.num_kept]
-        stream_dtype, update_dtype, *arguments = rest[3 + middle.num_kept :]
-        ends, inputs = split(tuple(arguments))
+        cast = rest[3 + middle.num_kept : num_saved]
+        stream_dtype, update_dtype, *arguments = rest[num_saved:]
+        if not any(low.numel() for low in cast):
+            cast = in_dtype(arguments[-1], weights_of(tuple(arguments)))
+        else:  # a weight that has the dtype was not cast
+            pairs = zip(cast, weights_of(tuple(arguments)), strict=True)
+            cast = [low if low.numel() else weight for low, weight in pairs]
+        ends, inputs = split(tuple(arguments), cast)
         with torch.autocast(stream.device.type, enabled=False):
             projected = projected if projected.numel() else ends.project(stream, inverses)
             grad_out = torch.zeros_like(stream, dtype=ends.dtype) if grad_out is None else grad_out
@@ -174,14 +201,14 @@ def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]
         return [gradient for gradient in (*of_ends, *found) if gradient is not None]
 
     def fake_backward(*arguments: Any) -> list[Tensor]:
-        stream, (stream_dtype, update_dtype, *rest) = arguments[4], arguments[7 + middle.num_kept :]
+        stream, (stream_dtype, update_dtype, *rest) = arguments[4], arguments[4 + num_saved :]
         streams = [stream.new_empty(stream.shape, dtype=dtype) for dtype in (stream_dtype, update_dtype) if dtype]
         tensors = [value for value in rest[: num_tensors - 1] if value is not None]
         return [*streams, *(value.new_empty(value.shape) for value in tensors)]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, update, *arguments = inputs
-        ctx.has_update, ctx.options = update is not None, arguments[num_tensors:-1]
+        ctx.has_update, ctx.options = update is not None, arguments[num_tensors:-2]
         ctx.dtypes = (hidden.dtype, None if update is None or update.dtype == hidden.dtype else update.dtype)
         ctx.mark_non_differentiable(*output[4:], *([] if ctx.has_update else output[:1]))
         ctx.set_materialize_grads(False)
@@ -191,22 +218,22 @@ def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]
 
     def autograd(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: activation checkpointing gives them out once
-        kept, tensors = saved[: 3 + middle.num_kept], saved[3 + middle.num_kept :]
+        kept, tensors = saved[:num_saved], saved[num_saved:]
         found = iter(backward_op(*gradients[:4], *kept, *ctx.dtypes, *tensors, *ctx.options))
         grad_hidden = next(found)
         grad_update = None
         if ctx.has_update:
             grad_update = grad_hidden if ctx.dtypes[1] is None else next(found)
         of_tensors = (None if value is None else next(found) for value in tensors[:-1])  # the last one is segments
-        return grad_hidden, grad_update, *of_tensors, *[None] * (2 + len(ctx.options))
+        return grad_hidden, grad_update, *of_tensors, *[None] * (3 + len(ctx.options))
 
     tensors = f"Tensor norm, Tensor in_proj, Tensor? in_bias, Tensor out_proj, Tensor? out_bias, {middle.tensors}"
     arguments = f"{tensors}, {middle.options}, float block_epsilon, ScalarType dtype"
-    outputs = ", ".join(["Tensor"] * (7 + middle.num_kept))
-    schema = f"{name}(Tensor hidden, Tensor? update, {arguments}, int keep) -> ({outputs})"
+    outputs = ", ".join(["Tensor"] * (4 + num_saved))
+    schema = f"{name}(Tensor hidden, Tensor? update, {arguments}, int keep, bool keep_cast) -> ({outputs})"
     of_outputs = "Tensor? grad_total, Tensor? grad_out, Tensor? grad_conv, Tensor? grad_state"
     kept = "Tensor stream, Tensor? inverses, Tensor projected"
-    kept += "".join(f", Tensor kept_{number}" for number in range(middle.num_kept))
+    kept += "".join(f", Tensor kept_{number}" for number in range(middle.num_kept + num_cast))
     dtypes = "ScalarType stream_dtype, ScalarType? update_dtype"
     schema_backward = f"{name}_backward({of_outputs}, {kept}, {dtypes}, {arguments}) -> Tensor[]"
     backward_op = define(schema_backward, backward, fake_backward)

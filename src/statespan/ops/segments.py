@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from statespan.ops.dispatch import BACKENDS
+from statespan.ops.gpu import GRID_ROWS
 from statespan.ops.layout import contiguous
 
 CONTINUES, RESTARTS, PADDING = 0, 1, 2
@@ -20,6 +22,16 @@ def token_marks(segments: Tensor) -> Tensor:
     previous = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
     changes = segments.gather(1, previous.clamp(min=0)) != segments
     return torch.where(real, (changes & (previous >= 0)).to(torch.int8) * RESTARTS, PADDING).to(torch.int8)
+
+
+def kernel_marks(segments: Tensor) -> Tensor:
+    """As `token_marks`, which takes 14 launches on a GPU, by one kernel where there is one; not for what is traced."""
+    if segments.is_cuda and BACKENDS["cuda"].why_not(segments.device, ()) is None:
+        from statespan.ops.cuda_kernels import marks  # compiles for a GPU, so imported when it runs
+
+        if len(segments) <= GRID_ROWS:
+            return marks.token_marks(segments)
+    return token_marks(segments)
 
 
 def signed_numbers(segments: Tensor | None) -> Tensor | None:

@@ -90,13 +90,16 @@ class Captured:
         for place, value in zip(call.places, inputs, strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
+        if new:  # the host sets the gradients while the GPU computes them
+            call.graph.replay()
         for parameter, gradient in zip(self._parameters, call.gradients, strict=True):
             if gradient is None or parameter.grad is gradient:
                 continue
             if not new:  # what came from elsewhere goes where the graph adds to it
                 gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
             parameter.grad = gradient
-        call.graph.replay()
+        if not new:
+            call.graph.replay()
         return call.outputs
 
     def _capture(self, inputs: tuple[Tensor | None, ...], new: bool) -> _Call:

@@ -119,6 +119,9 @@ class RunConfig:
     recompute_convolutions: float = (
         1.0  # the same for their convs: 0 holds 2 b t d bytes more a layer and saves 1 or 2% of the time
     )
+    recompute_casts: float = (
+        1.0  # the same for their weights in bfloat16: 0 holds 2 bytes more a weight and saves 1/2 to 1% of the time
+    )
     device: str = "cpu"
     cuda_graph: bool = False  # capture forward and backward once and replay them: faster where layers are short
     log_every: int = 10  # steps a row of metrics
@@ -132,7 +135,7 @@ class RunConfig:
         require(
             self.max_seconds is None or self.max_seconds > 0, f"run.max_seconds must be above 0, got {self.max_seconds}"
         )
-        for name in ("recompute_projections", "recompute_convolutions"):
+        for name in ("recompute_projections", "recompute_convolutions", "recompute_casts"):
             share = getattr(self, name)
             require(0 <= share <= 1, f"run.{name} must be 0 to 1, got {share}")
 

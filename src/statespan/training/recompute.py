@@ -13,7 +13,11 @@ from statespan.layers.mixer import Mixer
 
 @contextmanager
 def recomputing(
-    blocks: Iterable[nn.Module], enabled: bool = True, projections: float = 0.0, convolutions: float = 1.0
+    blocks: Iterable[nn.Module],
+    enabled: bool = True,
+    projections: float = 0.0,
+    convolutions: float = 1.0,
+    casts: float = 1.0,
 ) -> Generator[None]:
     """Inside, a forward of `blocks` keeps no activations but its inputs (arXiv 1604.06174); values do not change.
 
@@ -25,6 +29,7 @@ def recomputing(
         projections: share of the mixers, the first ones; Mamba's compute again what in_proj gave, where norm
             and mixer run as one op.
         convolutions: the same for what the conv gave, where in_proj's output is kept.
+        casts: the same for the products' weights in the dtype of autocast.
     """
     blocks = list(blocks)
     wrapped = blocks if enabled else []
@@ -34,13 +39,14 @@ def recomputing(
     for place, mixer in enumerate(mixers):
         mixer.keep_projected = place >= round(projections * len(mixers))
         mixer.keep_convolved = place >= round(convolutions * len(mixers))
+        mixer.keep_cast = place >= round(casts * len(mixers))
     try:
         yield
     finally:
         for block in wrapped:
             del block.forward  # the class's own forward shows again
         for mixer in mixers:
-            del mixer.keep_projected, mixer.keep_convolved
+            del mixer.keep_projected, mixer.keep_convolved, mixer.keep_cast
 
 
 def _recomputed(forward: Callable[..., Any], hidden: Tensor, update: Tensor | None, *others: Any) -> Any:

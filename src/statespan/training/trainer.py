@@ -152,8 +152,8 @@ class Trainer:
     def _forward(self, input_ids: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor, tuple[RouterMetrics, ...]]:
         run, precision = self.config.run, PRECISIONS[self.config.run.precision]
         autocast = torch.autocast(self.model.device.type, precision, enabled=precision != torch.float32)
-        again = (run.activation_checkpointing, run.recompute_projections, run.recompute_convolutions)
-        with autocast, recomputing(self.model.layers, *again):
+        shares = (run.recompute_projections, run.recompute_convolutions, run.recompute_casts)
+        with autocast, recomputing(self.model.layers, run.activation_checkpointing, *shares):
             output = self.model(input_ids, segments=segments, labels=input_ids)
         assert output.loss is not None  # labels were given
         return output.loss, output.aux_loss, output.router

@@ -19,6 +19,8 @@ STEP, SHORTEST = 16, 32  # tokens that a strip is a multiple of, and that it has
 START = 64  # what a strip costs beside its tokens, in tokens
 MOST_INNER = 192  # columns of what goes through a matrix
 MOST_ROW = 2**27  # numbers from one token to the next: offsets within AHEAD tokens have 32 bits
+NARROW = (torch.bfloat16, torch.float16)
+
 
 _HERE = Path(__file__).parent
 _forward = Kernel(_HERE / "forward.cu", "conv_forward")
@@ -40,6 +42,7 @@ class Layout(NamedTuple):
     initial: bool
     aligned: bool  # whether pairs of channels lie at multiples of their size
     inner: int = 0  # columns of what goes through a matrix to the output's gradient
+    weights: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)  # of taps and bias, in the forward
 
     @property
     def blocks(self) -> int:
@@ -57,7 +60,10 @@ class Layout(NamedTuple):
             **{"HAS_INITIAL": int(self.initial), "ALIGNED": int(self.aligned), "HAS_BIAS": int(self.biased)},
             **{"SILU": int(self.silu), "BLOCKS": self.blocks, "AHEAD": AHEAD, "X_ROW": self.rows[0]},
         }
-        if len(self.rows) > 1:
+        if len(self.rows) == 1:
+            weight, bias = map(scalar_type, self.weights)
+            found |= {"WEIGHT": weight, "OFFSET": bias}
+        else:
             found |= {"Y_ROW": self.rows[1], "GRAD_ROW": self.rows[2], "INNER": self.inner, "SUMMING": SUMMING}
         return tuple(found.items())
 
@@ -112,9 +118,11 @@ def forward(
     if y.numel() == 0:
         return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     x = _rows(x)
-    weight, bias, initial_state = contiguous_float32(weight), contiguous_float32(bias), contiguous(initial_state)
+    weight, bias, initial_state = _plain(weight), None if bias is None else _plain(bias), contiguous(initial_state)
     segments = signed_numbers(segments)
-    plan = _plan(_layout((x,), weight, bias, initial_state, None, segments, silu))
+    weights = weight.dtype, torch.float32 if bias is None else bias.dtype
+    layout = _layout((x,), weight, bias, initial_state, None, segments, silu)
+    plan = _plan(layout._replace(weights=weights))
     plan.walk(
         *(address(x), x.stride(0), address(weight), address(bias), address(initial_state), address(segments)),
         *(address(y), address(final_state), x.shape[1], plan.strip),
@@ -195,3 +203,8 @@ def _layout(
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with contiguous channels, and its tokens close enough."""
     return last_contiguous(tensor) if tensor.stride(1) < MOST_ROW else tensor.contiguous()
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """Without gaps, in a dtype that the forward reads: a cast would be a launch."""
+    return weight.contiguous() if weight.dtype in NARROW else contiguous_float32(weight)

@@ -1,11 +1,12 @@
 // y = silu(conv(x)): a warp has 64 channels of a strip of tokens and walks along it, the window in registers.
 //
-// X_ROW, numbers from one token to the next of x; HAS_BIAS; SILU; BLOCKS, of a multiprocessor. The others: strips.cuh.
+// X_ROW, numbers from one token to the next of x; WEIGHT and OFFSET, types of taps and bias; HAS_BIAS; SILU; BLOCKS, of a
+// multiprocessor. The others: strips.cuh.
 
 #include "strips.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) conv_forward(
-    const Number* x, i64 x_batch, const float* weight, const float* bias, const Number* initial, const SEGMENT* segments, Number* y,
+    const Number* x, i64 x_batch, const WEIGHT* weight, const OFFSET* bias, const Number* initial, const SEGMENT* segments, Number* y,
     Number* final, i64 whole, i64 strip) {
     int lane = threadIdx.x % 32, length = int(whole), channel = blockIdx.x * CHANNELS + 2 * lane, count = WIDTH - channel;
     int start = (blockIdx.y * WARPS + threadIdx.x / 32) * int(strip), stop = min(start + int(strip), length);

@@ -94,17 +94,20 @@ struct Marks {
 };
 INLINE i64 number_at(const SEGMENT* segments, int t, int length) { return t < length ? i64(segments[t]) : -1; }
 
+INLINE float as_float(float x) { return x; }
+template <class T> INLINE float as_float(T x) { return low(x, x.bits); }
+
 // The taps and bias of a lane's channels.
 struct Filter {
     float taps[TAPS][2], bias[2];
 
-    INLINE Filter(const float* weight, const float* offsets, int channel) {
+    template <class Weight, class Offset> INLINE Filter(const Weight* weight, const Offset* offsets, int channel) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             bool there = WIDTH % CHANNELS == 0 || channel + c < WIDTH;
-            bias[c] = HAS_BIAS && there ? offsets[channel + c] : 0.0f;
+            bias[c] = HAS_BIAS && there ? as_float(offsets[channel + c]) : 0.0f;
 #pragma unroll
-            for (int i = 0; i < TAPS; i++) taps[i][c] = there ? weight[(channel + c) * TAPS + i] : 0.0f;
+            for (int i = 0; i < TAPS; i++) taps[i][c] = there ? as_float(weight[(channel + c) * TAPS + i]) : 0.0f;
         }
     }
     INLINE float combine(const float (&window)[SLOTS][2], float x, int c) const {

@@ -34,6 +34,7 @@ def mamba1_block(
     discretization: str = "mamba",
     keep_projected: bool = True,
     keep_convolved: bool = False,
+    keep_cast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h = hidden + update; [x|z] = in_proj norm(h); u = silu(conv x); out_proj(scan(u, ..) silu(z)).
 
@@ -55,6 +56,7 @@ def mamba1_block(
         discretization: as in `selective_scan`.
         keep_projected: whether [x|z] is kept for the backward, or computed again.
         keep_convolved: the same for the conv's output, where the former is kept.
+        keep_cast: the same for the products' weights in the dtype of autocast.
 
     Returns:
         h [b t h] in hidden.dtype, out_proj's output [b t h], the conv's final state [b k-1 d], and the scan's [b d n]
@@ -107,7 +109,7 @@ def mamba1_block(
     middle = (conv_weight, conv_bias, x_proj, dt_norm, B_norm, C_norm, dt_proj, dt_bias, A_log, D)
     tensors = (hidden, update, *ends, *middle, initial_conv, initial_state)
     keep = (1 + keep_projected * (1 + keep_convolved)) * needs_gradients(*tensors)
-    options = (epsilon, discretization, epsilon, dtype, keep)
+    options = (epsilon, discretization, epsilon, dtype, keep, keep_cast)
     total, out, conv, state, *_ = _mamba1_block(*tensors, segments, *options)
     return hidden if update is None else total, out, conv, state
 

@@ -114,10 +114,18 @@ def backward(
     grad_xz = torch.empty_like(inner.xz, memory_format=torch.contiguous_format)
     (x, _), (grad_x, grad_z) = inner.xz.chunk(2, dim=-1), grad_xz.chunk(2, dim=-1)
     y = torch.empty_like(u)
-    found = scan_backward(*arguments, into_z=grad_z, into_y=y)
-    grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, _, grad_bias, *grad_initial = found
-    gradients = (grad_dt @ inner.dt_low, grad_B.squeeze(2), grad_C.squeeze(2))
-    grad_selected, grad_norms = _through_norms(inner, selected, *gradients)
+    grad_selected = torch.empty_like(selected)
+    of_dt, *of_matrices = inner.split(grad_selected)
+    into_B, into_C = (matrix.unsqueeze(2) for matrix in of_matrices)
+    into = (into_B, into_C) if inner.dt_norm is None else None  # behind norms B and C lie elsewhere
+    found = scan_backward(*arguments, into_z=grad_z, into_y=y, into_matrices=into, of_log=True)
+    grad_u, grad_dt, grad_A_log, grad_B, grad_C, grad_D, _, grad_bias, *grad_initial = found
+    grad_norms: tuple[Tensor | None, ...] = (None, None, None)
+    if into is None:
+        gradients = (grad_dt @ inner.dt_low, grad_B.squeeze(2), grad_C.squeeze(2))
+        grad_selected, grad_norms = _through_norms(inner, selected, *gradients)
+    else:
+        torch.mm(grad_dt.flatten(0, 1), inner.dt_low, out=of_dt.flatten(0, 1))
     conv_inputs = (x, inner.conv_weight, inner.conv_bias, inner.initial_conv, inner.segments)
     of_conv = conv_backends.backward_behind(grad_u, grad_selected, inner.x_low, grad_conv, *conv_inputs, grad_x)
     _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv
@@ -129,7 +137,7 @@ def backward(
         *grad_norms,
         of_weight(grad_dt, dt, inner.dt_proj.dtype),
         grad_bias,
-        grad_A.mul_(A),
+        grad_A_log,
         grad_D,
         None if inner.initial_conv is None else grad_initial_conv,
         *(grad_initial or [None]),
@@ -138,8 +146,6 @@ def backward(
 
 def _through_norms(inner: Inner, selected: Tensor, *gradients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The gradient of x_proj's output, and those of the norms' weights, from those of dt, B and C behind the norms."""
-    if inner.dt_norm is None:
-        return torch.cat(gradients, dim=-1), (None, None, None)
     norms = (inner.dt_norm, inner.B_norm, inner.C_norm)
     pairs = [
         norm_backward(gradient, None, part, norm, inner.epsilon, "auto")  # type: ignore[arg-type]  # three norms

@@ -48,6 +48,7 @@ def mamba2_block(
     discretization: str = "mamba",
     keep_projected: bool = True,
     keep_convolved: bool = False,
+    keep_cast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h = hidden + update; [z|xBC|dt] = in_proj norm(h); [x|B|C] = silu(conv xBC); out_proj(norm(ssd(x, ..) silu(z))).
 
@@ -69,6 +70,7 @@ def mamba2_block(
         segments, dt_limit, chunk_size, discretization: as in `ssd`.
         keep_projected: whether in_proj's output is kept for the backward, or computed again.
         keep_convolved: the same for the conv's output, where the former is kept.
+        keep_cast: the same for the products' weights in the dtype of autocast.
 
     Returns:
         h [b t h] in hidden.dtype, out_proj's output [b t h], the conv's final state [b k-1 c], and ssd's [b a p n]
@@ -129,7 +131,7 @@ def mamba2_block(
     options = (num_groups, epsilon, norm_size, norm_before_gate, *map(float, dt_limit), chunk_size, discretization)
     tensors = (hidden, update, *ends, *middle)
     keep = (1 + keep_projected * (1 + keep_convolved)) * needs_gradients(*tensors)
-    total, out, conv, state, *_ = _mamba2_block(*tensors, segments, *options, epsilon, dtype, keep)
+    total, out, conv, state, *_ = _mamba2_block(*tensors, segments, *options, epsilon, dtype, keep, keep_cast)
     return hidden if update is None else total, out, conv, state
 
 

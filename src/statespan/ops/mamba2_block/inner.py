@@ -57,14 +57,18 @@ class Inner:
             xBC, self.conv_weight, self.conv_bias, self.initial_conv, self.segments, True, "auto"
         )
 
-    def ssd(self, mixed: Tensor, dt: Tensor) -> tuple[Any, ...]:
-        """The arguments of ssd, given the conv's output."""
+    def parts(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of x [b t h p], B and C [b t g n] in the conv's output, or of their gradients in its gradient."""
         inner, conv, heads = self.sizes
         half = (conv - inner) // 2
         x, B, C = mixed.split([inner, half, half], dim=-1)
         groups = (self.num_groups, half // self.num_groups)
-        tensors = (x.unflatten(-1, (heads, -1)), dt, self.A_log.exp().neg_())
-        tensors += (B.unflatten(-1, groups), C.unflatten(-1, groups), self.D, self.dt_bias, self.initial_state)
+        return x.unflatten(-1, (heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def ssd(self, mixed: Tensor, dt: Tensor) -> tuple[Any, ...]:
+        """The arguments of ssd, given the conv's output."""
+        x, B, C = self.parts(mixed)
+        tensors = (x, dt, self.A_log.exp().neg_(), B, C, self.D, self.dt_bias, self.initial_state)
         return *tensors, self.segments, True, self.dt_min, self.dt_max, self.chunk_size, self.discretization, "auto"
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
@@ -124,10 +128,11 @@ def backward(
         wide = torch.promote_types(y.dtype, torch.float32)
         x, B = arguments[0], arguments[3]
         grad_state = y.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=wide)
-    found = ssd_backward(grad_y.unflatten(-1, arguments[0].shape[2:]), grad_state, *arguments)
-    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias, *grad_initial = found
-    of_dt.copy_(grad_dt)
-    grad_mixed = torch.cat([grad_x.flatten(2), grad_B.flatten(2), grad_C.flatten(2)], dim=-1)
+    grad_mixed = torch.empty_like(mixed)
+    of_x, of_B, of_C = inner.parts(grad_mixed)
+    into = (of_x, of_dt, of_B, of_C)
+    found = ssd_backward(grad_y.unflatten(-1, arguments[0].shape[2:]), grad_state, *arguments, into=into)
+    _, _, grad_A, _, _, grad_D, grad_bias, *grad_initial = found
     conv_inputs = (xBC, inner.conv_weight, inner.conv_bias, inner.initial_conv, inner.segments)
     of_conv = conv_backends.backward(grad_mixed, grad_conv, *conv_inputs, True, "auto", of_xBC)
     _, grad_conv_weight, grad_conv_bias, grad_initial_conv = of_conv

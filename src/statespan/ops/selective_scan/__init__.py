@@ -160,16 +160,21 @@ def _backward(
     *arguments: Any,
     into_z: Tensor | None = None,
     into_y: Tensor | None = None,
+    into_matrices: tuple[Tensor, Tensor] | None = None,
+    of_log: bool = False,
 ) -> list[Tensor]:
     """The gradients of the inputs that are there, in their order; that of z is in `into_z`, where it is given.
 
-    `into_y` [b t d] gets the scan's output once more, so that nobody needs to keep it.
+    `into_y` [b t d] gets the scan's output once more, so that nobody needs to keep it; `into_matrices` the gradients of
+    B and C, beside each other in rows of one tensor as B and C are. With `of_log` that of A is that of log(-A), for
+    which A is contiguous and float32.
     """
     inputs, options, name = _split(arguments)
     u, compiled = inputs.u, _module(name)
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     if name == "cuda":
-        found = compiled.gradients(grad_y, grad_final, starts, inputs, options, into_z, into_y)
+        into = (into_z, into_y, into_matrices, of_log)
+        found = compiled.gradients(grad_y, grad_final, starts, inputs, options, *into)
     elif compiled is not None:
         found = compiled.gradients(grad_y, grad_final, starts, inputs, options)
     else:
@@ -183,9 +188,13 @@ def _backward(
         )
     if into_y is not None and (name != "cuda" or inputs.z is None):
         into_y.copy_(_forward(*arguments[:-1], False, arguments[-1])[0])
-    grad_z = found[6]
-    if into_z is not None and grad_z is not None and grad_z is not into_z:
-        found = *found[:6], into_z.copy_(grad_z), *found[7:]
+    found = list(found)
+    if of_log and name != "cuda" and found[2] is not None:
+        found[2] = found[2] * inputs.A
+    for number, place in zip((6, 3, 4), (into_z, *(into_matrices or (None, None))), strict=True):
+        gradient = found[number]
+        if place is not None and gradient is not None and gradient is not place:
+            found[number] = place.copy_(gradient)
     pairs = zip(inputs.differentiable, found, strict=True)
     return [gradient.to(value.dtype) for value, gradient in pairs if value is not None and gradient is not None]
 

@@ -410,15 +410,24 @@ template <class T> INLINE void sum_rows(T* to, const float* from, i64 rows, i64 
     store<ALIGNED>(to, vector, COUNT);
 }
 
-// The sums over blocks of the gradients of B and C; over rows and splits of those of A, D and dt_bias.
+// The sums over blocks of the gradients of B and C, whose rows of STATES numbers are `apart`; over rows and splits of those of A,
+// times `factors`, D and dt_bias.
 extern "C" __global__ void __launch_bounds__(THREADS) scan_sums(
     const float* __restrict__ partial, i64 blocks, const float* __restrict__ of_A, const float* __restrict__ of_channels,
     i64 rows, BM* __restrict__ grad_B, CM* __restrict__ grad_C, float* __restrict__ grad_A, float* __restrict__ grad_D,
-    float* __restrict__ grad_bias, i64 of_matrix, i64 channels) {
+    float* __restrict__ grad_bias, i64 of_matrix, i64 channels, i64 apart, const float* __restrict__ factors) {
     i64 at = (blockIdx.x * i64(THREADS) + threadIdx.x) * (ALIGNED ? 4 : 1), states = channels * STATES;
-    if (at < of_matrix) return sum_rows(grad_B + at, partial + at, blocks, 2 * of_matrix);
-    if ((at -= of_matrix) < of_matrix) return sum_rows(grad_C + at, partial + of_matrix + at, blocks, 2 * of_matrix);
-    if ((at -= of_matrix) < states) return sum_rows(grad_A + at, of_A + at, rows, states);
+    if (at < 2 * of_matrix) {
+        bool second = at >= of_matrix;
+        i64 inside = at - second * of_matrix, place = inside / STATES * apart + inside % STATES;
+        if (second) return sum_rows(grad_C + place, partial + at, blocks, 2 * of_matrix);
+        return sum_rows(grad_B + place, partial + at, blocks, 2 * of_matrix);
+    }
+    if ((at -= 2 * of_matrix) < states) {
+        sum_rows(grad_A + at, of_A + at, rows, states);
+        for (int v = 0; factors && v < (ALIGNED ? 4 : 1); v++) grad_A[at + v] *= factors[at + v];
+        return;
+    }
     if ((at -= states) < channels) return sum_rows(grad_D + at, of_channels + at, rows, channels);
     if ((at -= channels) < channels) return sum_rows(grad_bias + at, of_channels + rows * channels + at, rows, channels);
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from statespan.ops.cuda_kernels import address
 from statespan.ops.layout import contiguous_float32, last_contiguous
-from statespan.ops.segments import token_marks
+from statespan.ops.segments import kernel_marks
 from statespan.ops.selective_scan.cuda_plan import EVERY, PIECE, Layout, Scan, scan_of
 from statespan.ops.selective_scan.inputs import Inputs, Options
 
@@ -47,11 +47,14 @@ def gradients(
     options: Options,
     into_z: Tensor | None = None,
     into_y: Tensor | None = None,
+    into_matrices: tuple[Tensor, Tensor] | None = None,
+    of_log: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of inputs that are None mean nothing.
 
     That of z is written to `into_z`, where it is given; its rows may be strided. With z, `into_y` [b t d] gets the
-    scan's output once more.
+    scan's output once more. Those of B and C, of one group, are written to `into_matrices`, where they are given: they
+    lie as B and C do. With `of_log` that of A is that of log(-A).
     """
     u, dt, A, B, C = inputs.u, inputs.dt, inputs.A, inputs.B, inputs.C
     D, z, dt_bias = inputs.D, inputs.z, inputs.dt_bias
@@ -85,12 +88,12 @@ def gradients(
         *(address(of_A), of_D, of_D + of_channels.nbytes // 2, address(grad_initial), address(of_matrices)),
         *(work.split, work.tiles_a_block, address(passed), address(progress), *scan.sizes),
     )
-    grad_B, grad_C = (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
+    grad_B, grad_C = into_matrices or (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
     grad_A, grad_D, grad_bias = new(A.shape), new(scan.channels), new(scan.channels)  # an op's outputs share no memory
     work.sums(
         *(address(of_matrices), work.blocks, address(of_A), address(of_channels), scan.batch * work.splits),
         *(address(grad_B), address(grad_C), address(grad_A), address(grad_D), address(grad_bias)),
-        *(grad_B.numel(), scan.channels),
+        *(grad_B.numel(), scan.channels, grad_B.stride(2 if into_matrices is None else 1), address(A) if of_log else 0),
     )
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial
 
@@ -101,7 +104,7 @@ class Arguments:
     def __init__(self, inputs: Inputs, options: Options, gradients: Sequence[Tensor] = ()) -> None:
         u, dt, B, C = _rows(inputs.u), _rows(inputs.dt), _rows(inputs.B), _rows(inputs.C)
         z = None if inputs.z is None else _rows(inputs.z)
-        marks = None if inputs.segments is None else token_marks(inputs.segments)
+        marks = None if inputs.segments is None else kernel_marks(inputs.segments)
         A, D, dt_bias = (contiguous_float32(x) for x in (inputs.A, inputs.D, inputs.dt_bias))
         self._held = (u, dt, A, B, C, D, z, dt_bias, marks)  # as long as their addresses are in use
         rows = (u, dt, B, C) if z is None else (u, dt, B, C, z)

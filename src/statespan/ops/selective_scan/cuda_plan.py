@@ -14,7 +14,6 @@ EVERY = 64  # tokens; the backward keeps the state before each EVERY-th token an
 PIECE = 8  # tokens whose states the backward holds in registers
 THREADS = 128
 DEPTH = 2  # chunks that are on their way while the forward walks one
-VECTOR = 8  # channels that a thread of the forward brings at once
 
 
 class Form(NamedTuple):
@@ -27,6 +26,13 @@ class Form(NamedTuple):
     ahead: bool
     resident: int  # blocks that a multiprocessor is to hold
     clocks: tuple[int, int] = (0, 0)  # of a token on a multiprocessor with some blocks: of each, and of any; on an H100
+    vector: int = 8  # channels that a thread brings at once
+    apart: bool = False  # whether those that bring have a scheduler to themselves
+
+    def threads(self, padded: int) -> int:
+        """Of a block, for so many states, padded to a power of two."""
+        walking = self.tile * padded // self.states
+        return 128 * max(self.staging // 32, walking // 96) if self.apart else self.staging + walking
 
 
 # By states, padded to a power of two.
@@ -42,6 +48,7 @@ FORMS = {
         Form(4, 16, 64, 32, True, 4, (22, 40)),
         Form(2, 40, 160, 64, True, 1, (96, 0)),
         Form(2, 16, 128, 64, True, 1, (36, 0)),
+        Form(2, 12, 192, 64, True, 1, (35, 0), vector=4, apart=True),
     ),
     32: (Form(8, 32, 64, 16, False, 4),),
     64: (Form(8, 32, 64, 16, False, 2),),
@@ -132,7 +139,7 @@ class Scan:
             **{"U": scalar_type(u), "DT": scalar_type(dt), "Z": scalar_type(z or u)},
             **{"BM": scalar_type(B), "CM": scalar_type(C), "STATES": self.states, "PADDED": self.padded},
             **{"ALIGNED": int(aligned), "HAS_Z": int(z is not None), "SOFTPLUS": int(layout.dt_softplus)},
-            **{"SEGMENTS": int(layout.segments), "DISCRETIZATION": DISCRETIZATIONS[layout.discretization]},
+            **{"SEGMENTS": int(layout.segments), "DISCRETIZATION": DISCRETIZATIONS[layout.discretization], "APART": 0},
         }
         self.forms = (FORMS if self.plain else FORMS_OF_OTHERS)[self.padded]
         self._forward: dict[bool, tuple[Launch, int]] = {}
@@ -153,10 +160,10 @@ class Scan:
 
     def forward_macros(self, form: Form, keep_starts: bool) -> tuple[tuple[str, str | int], ...]:
         """What the forward is compiled with."""
-        ahead = form.ahead and not self.segments  # restarts take registers
         sizes = {
             **{"STATES_A_THREAD": form.states, "THREADS": form.staging, "TOKENS": form.tokens, "TILE": form.tile},
-            **{"VECTOR": VECTOR, "AHEAD": int(ahead), "DEPTH": DEPTH, "BLOCKS": form.resident},
+            **{"VECTOR": form.vector, "AHEAD": int(form.ahead), "DEPTH": DEPTH, "BLOCKS": form.resident},
+            **{"BLOCK": form.threads(self.padded), "APART": int(form.apart)},
             **{"EVERY": EVERY if keep_starts else 0, "SHARED_BYTES": self.shared_bytes(form)},
         }
         return tuple({**self.inputs, **sizes}.items())
@@ -169,7 +176,7 @@ class Scan:
         sums = 4 * (tile if tile // unit % 2 else tile + unit)
         chunk = tokens * (steps + 4 * (2 * self.padded + 4) + sums)
         u, z, dt, B, C = (4 if self.inputs[name] == "float" else 2 for name in ("U", "Z", "DT", "BM", "CM"))
-        ring = tokens * (tile * u + 1) + z * (tokens * tile if self.inputs["HAS_Z"] else VECTOR)
+        ring = tokens * (tile * u + 1) + z * (tokens * tile if self.inputs["HAS_Z"] else form.vector)
         ahead = tokens * (tile * dt + self.padded * (B + C))
         count = 2 * chunk + 8 * tile + (DEPTH + 3) * ring + (DEPTH + 1) * ahead
         return -(-count // 16) * 16
@@ -179,9 +186,8 @@ class Scan:
         if keep_starts not in self._forward:
             form, split = self.forward_plan()
             grid = (self.tiles(form.tile), self.batch, -(-self.length // split))
-            threads = form.staging + form.tile * self.padded // form.states
             macros = self.forward_macros(form, keep_starts)
-            launch = _forward.launch(self.device, grid, threads, macros, self.shared_bytes(form))
+            launch = _forward.launch(self.device, grid, form.threads(self.padded), macros, self.shared_bytes(form))
             self._forward[keep_starts] = launch, split
         return self._forward[keep_starts]
 

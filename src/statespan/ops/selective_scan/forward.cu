@@ -1,11 +1,12 @@
 // The selective scan from the first token to the last: y, the final state, and the state before every `EVERY`th token.
 // Blocks of one split of the tokens each, `split` tokens long; `initial` is what each split is given.
-// The first THREADS threads of a block bring chunks of TOKENS tokens, make of one what the walk reads, and write the
+// THREADS threads of a block, the first, bring chunks of TOKENS tokens, make of one what the walk reads, and write the
 // results of another; the other threads walk the chunk between these two. So one barrier a chunk is enough, and what
 // brings and writes runs beside the walk. Walking threads hold S states each; neighbours hold neighbouring channels.
+// APART: warps run on four schedulers in turn, and those that bring on the last; warps in between have nothing to do.
 // Macros: see scan.cuh, TILE (channels of a block), VECTOR (channels that a thread brings at once), DEPTH (chunks on
 // their way), EVERY (0: keep none), AHEAD (whether exponentials are computed a group of tokens ahead), SHARED_BYTES,
-// and BLOCKS, how many are to run on a multiprocessor at once.
+// BLOCK (threads of a block), and BLOCKS, how many are to run on a multiprocessor at once.
 
 #include "scan.cuh"
 
@@ -18,7 +19,14 @@ constexpr int PITCH = TILE / UNIT % 2 ? TILE : TILE + UNIT;  // of y's rows: sto
 using Work = Share<TOKENS, TILE, VECTOR>;
 using Place = Steps<TILE>;
 using BC = Rows<TOKENS, 2>;
+#if __CUDA_ARCH__ >= 1000
+constexpr bool LOOKS_AHEAD = AHEAD && !SEGMENTS;  // both walks in one kernel take too many registers there
+#else
+constexpr bool LOOKS_AHEAD = AHEAD;
+#endif
 static_assert(TILE % VECTOR == 0 && WALKERS % 32 == 0 && TOKENS % (GROUP * (1 + AHEAD)) == 0 && EVERY % TOKENS == 0);
+static_assert(APART ? BLOCK % 128 == 0 && BLOCK >= 4 * THREADS && 3 * BLOCK >= 4 * WALKERS && WALKERS >= TILE
+                    : BLOCK == THREADS + WALKERS);
 
 // What the walk of a chunk reads and writes.
 struct Chunk {
@@ -65,11 +73,11 @@ struct Group {
         }
     }
 
-    // Moves the states over the tokens; each token's part of y.
-    INLINE void walk(float (&h)[S], float (&sums)[GROUP], const signed char* marks) const {
+    // Moves the states over the tokens; each token's part of y. MARKED: they may restart where `marks` say so.
+    template <bool MARKED> INLINE void walk(float (&h)[S], float (&sums)[GROUP], const signed char* marks) const {
 #pragma unroll
         for (int i = 0; i < GROUP; i++) {
-            bool restarts = SEGMENTS && marks[i] == RESTARTS;
+            bool restarts = MARKED && marks[i] == RESTARTS;
 #pragma unroll
             for (int n = 0; n < S; n++) {
                 h[n] = fmaf(decay[i][n], restarts ? 0.0f : h[n], input[i][n]);
@@ -79,7 +87,23 @@ struct Group {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_forward(
+// Whether a state restarts within a chunk, asked by all lanes of a warp.
+INLINE bool any_restarts(const signed char* marks) {
+    bool found = false;
+#pragma unroll
+    for (int token = threadIdx.x % 32; token < TOKENS; token += 32) found |= marks[token] == RESTARTS;
+    return __any_sync(~0u, found);
+}
+
+// All threads that have something to do meet.
+INLINE void meet() {
+    if (APART)
+        asm volatile("bar.sync 0, %0;" ::"n"(THREADS + WALKERS) : "memory");
+    else
+        __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) scan_forward(
     const U* __restrict__ u, i64 u_b, i64 u_t, const DT* __restrict__ dt, i64 dt_b, i64 dt_t, const Z* __restrict__ z,
     i64 z_b, i64 z_t, const BM* __restrict__ B, i64 B_b, i64 B_t, i64 B_g, const CM* __restrict__ C, i64 C_b, i64 C_t,
     i64 C_g, const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ dt_bias,
@@ -94,12 +118,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
     int valid = int(min(i64(TILE), channels_a_group - first));
     first += group * channels_a_group;
 
-    for (int c = threadIdx.x; c < TILE; c += THREADS + WALKERS) {
+    bool brings = APART ? threadIdx.x % 128 >= 96 : threadIdx.x < THREADS;
+    int walker = APART ? threadIdx.x / 128 * 96 + threadIdx.x % 128 : threadIdx.x - THREADS;
+    if (APART && (brings ? bringer() >= THREADS : walker >= WALKERS)) return;
+    for (int c = threadIdx.x; c < TILE; c += BLOCK) {
         shared.skips[c] = D && c < valid ? D[first + c] : 0.0f;
         shared.biases[c] = dt_bias && c < valid ? dt_bias[first + c] : 0.0f;
     }
-    __syncthreads();
-    if (threadIdx.x < THREADS) {
+    meet();
+    if (brings) {
         u += batch * u_b + first, dt += batch * dt_b + first, y += batch * all * channels + first;
         if (HAS_Z) z += batch * z_b + first;
         if (SEGMENTS) marks += batch * all;
@@ -147,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
             }
             BC::stage(to.rows, shared.B[ahead], shared.C[ahead]);
             if (SEGMENTS)
-                for (int token = threadIdx.x; token < TOKENS; token += THREADS)
+                for (int token = bringer(); token < TOKENS; token += THREADS)
                     shared.marks[of_ring][token] = t0 + token < length ? marks[t0 + token] : PADDING;
         };
         auto write = [&](int chunk) {
@@ -180,12 +207,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
             if (chunk + 1 < chunks) stage(chunk + 1);
             fetch(chunk + 1 + DEPTH);
             if (chunk > 0) write(chunk - 1);
-            __syncthreads();
+            meet();
         }
         return;
     }
 
-    int walker = threadIdx.x - THREADS, lane = walker % 32 / NEIGHBOURS, channel = walker / 32 * NEIGHBOURS + walker % NEIGHBOURS;
+    int lane = walker % 32 / NEIGHBOURS, channel = walker / 32 * NEIGHBOURS + walker % NEIGHBOURS;
     bool mine = channel < valid && lane * S < STATES;
     i64 at = (first + channel) * STATES + lane * S, of_row = channels * STATES;
     float h[S], decay_rate[S];
@@ -214,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
         }
     };
     if (EVERY) starts += (batch * ((all + EVERY - 1) / max(EVERY, 1)) + from / max(EVERY, 1)) * of_row;
-    __syncthreads();
+    meet();
     for (int index = 0; index < chunks; index++) {
         Chunk& chunk = shared.chunks[index & 1];
         const signed char* chunk_marks = shared.marks[index % RING];
@@ -228,7 +255,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
             for (int i = 0; i < HELD; i++)
                 if (lane % SHARED_BY == 0) chunk.ys[(token + lane / SHARED_BY * HELD + i) * PITCH + channel] = sums[i];
         };
-        if (AHEAD) {  // without a branch: while a group is walked, the one before it is summed, and the next computed
+        // Where none restarts, without a branch: while a group is walked, the one before it is summed, and the next computed.
+        if (LOOKS_AHEAD && !(SEGMENTS && any_restarts(chunk_marks))) {
             Group group[2];
             float sums[2][GROUP];
             group[0].read(chunk, 0, channel, lane, decay_rate);
@@ -236,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
             for (int token = 0; token < TOKENS; token += GROUP) {
                 int now = token / GROUP % 2;
                 if (token + GROUP < TOKENS) group[now ^ 1].read(chunk, token + GROUP, channel, lane, decay_rate);
-                group[now].walk(h, sums[now], chunk_marks + token);
+                group[now].walk<false>(h, sums[now], chunk_marks + token);
                 if (token) finish(sums[now ^ 1], token - GROUP);
             }
             finish(sums[TOKENS / GROUP % 2 ^ 1], TOKENS - GROUP);
@@ -246,12 +274,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + WALKERS, RESIDENT) scan_f
                 Group group;
                 float sums[GROUP];
                 group.read(chunk, token, channel, lane, decay_rate);
-                group.walk(h, sums, chunk_marks + token);
+                group.walk<SEGMENTS>(h, sums, chunk_marks + token);
                 finish(sums, token);
             }
         }
-        __syncthreads();
+        meet();
     }
-    __syncthreads();
+    meet();
     if (blockIdx.z + 1 == splits) save(final + batch * of_row);
 }

@@ -4,7 +4,8 @@
 // that brought it, THREADS of them.
 //
 // Macros: U, DT, Z, BM, CM (scalar types of u, dt, z, B, C), STATES and PADDED (states, and the power of two above),
-// STATES_A_THREAD, THREADS, TOKENS, ALIGNED, HAS_Z, SOFTPLUS, SEGMENTS, DISCRETIZATION (0 mamba, 1 zoh, 2 bilinear).
+// STATES_A_THREAD, THREADS, TOKENS, ALIGNED, HAS_Z, SOFTPLUS, SEGMENTS, DISCRETIZATION (0 mamba, 1 zoh, 2 bilinear), and
+// APART: whether the threads that bring are every fourth warp, and so have one of four schedulers to themselves.
 
 constexpr int S = STATES_A_THREAD, LANES = PADDED / S;
 static_assert(S <= 8 && LANES <= 32 && PADDED % 8 == 0);
@@ -16,6 +17,9 @@ constexpr int RESIDENT = BLOCKS > 2 ? BLOCKS - 1 : BLOCKS;
 #else
 constexpr int RESIDENT = BLOCKS;
 #endif
+
+// A thread's number among those that bring.
+INLINE u32 bringer() { return APART ? threadIdx.x / 128 * 32 + threadIdx.x % 32 : threadIdx.x; }
 
 // A as the walk uses it: exp(dt A) = 2^(dt A log2 e).
 INLINE float scaled(float A) { return DISCRETIZATION == 0 ? A * LOG2E : A; }
@@ -86,7 +90,7 @@ template <int COUNT, int MATRICES> struct Rows {
                                                 const signed char* marks) {
 #pragma unroll
         for (int item = 0; item < ITEMS; item++) {
-            int index = threadIdx.x + item * THREADS, n = index % (PADDED / WIDTH) * WIDTH;
+            int index = bringer() + item * THREADS, n = index % (PADDED / WIDTH) * WIDTH;
             int t = t0 + index / (PADDED / WIDTH);
             bool there = t < length;
             if (SEGMENTS && there) there = marks[t] != PADDING;
@@ -105,7 +109,7 @@ template <int COUNT, int MATRICES> struct Rows {
         static_assert(sizeof...(T) == MATRICES);
 #pragma unroll
         for (int item = 0; item < ITEMS; item++) {
-            int index = threadIdx.x + item * THREADS, n = index % (PADDED / WIDTH) * WIDTH;
+            int index = bringer() + item * THREADS, n = index % (PADDED / WIDTH) * WIDTH;
             if (index >= VECTORS) continue;
             float values[WIDTH * MATRICES];
             int matrix = 0;
@@ -132,7 +136,7 @@ template <int COUNT, int MATRICES> struct Rows {
 // A thread's share of bringing tokens x channels: WIDTH neighbouring channels of a token, in ITEMS items.
 template <int COUNT, int CHANNELS, int WIDTH> struct Share {
     static constexpr int VECTORS = COUNT * CHANNELS / WIDTH, ITEMS = (VECTORS + THREADS - 1) / THREADS;
-    static INLINE int index(int item) { return threadIdx.x + item * THREADS; }
+    static INLINE int index(int item) { return bringer() + item * THREADS; }
     static INLINE bool mine(int item) { return VECTORS % THREADS == 0 || index(item) < VECTORS; }
     static INLINE int token(int item) { return index(item) / (CHANNELS / WIDTH); }
     static INLINE int channel(int item) { return index(item) % (CHANNELS / WIDTH) * WIDTH; }

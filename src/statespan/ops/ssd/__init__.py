@@ -130,7 +130,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return (reference.ssd if backend == "reference" else _chunked(backend).forward)(inputs, options)
 
 
-def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> list[Tensor]:
+def _backward(
+    grad_y: Tensor,
+    grad_final_state: Tensor,
+    *arguments: Any,
+    into: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> list[Tensor]:
+    """The gradients of the inputs that are there, in their order; those of x, dt, B and C in `into`, if it is given."""
     inputs, options, backend = _split(arguments)
     with torch.autocast(inputs.x.device.type, enabled=False):
         if backend == "reference":
@@ -139,8 +145,14 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> list
                 inputs.differentiable,
                 (grad_y, grad_final_state),
             )
+        elif backend == "triton":
+            found = _chunked(backend).backward(grad_y, grad_final_state, inputs, options, into)
         else:
             found = _chunked(backend).backward(grad_y, grad_final_state, inputs, options)
+    if into is not None:
+        for place, gradient in zip(into, (found[0], found[1], found[3], found[4]), strict=True):
+            if gradient is not None and gradient is not place:
+                place.copy_(gradient)
     return [gradient for gradient in found if gradient is not None]
 
 

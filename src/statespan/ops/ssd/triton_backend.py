@@ -39,8 +39,17 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     return _cut(y, x.shape), _cut(state, of_state)
 
 
-def backward(grad_y: Tensor, grad_final: Tensor, inputs: Inputs, options: Options) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D, dt_bias and initial_state in their dtypes; None where the input is None."""
+def backward(
+    grad_y: Tensor,
+    grad_final: Tensor,
+    inputs: Inputs,
+    options: Options,
+    into: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, dt_bias and initial_state in their dtypes; None where the input is None.
+
+    Those of x, dt, B and C are in `into`, where it is given and nothing is padded; its last dimensions are contiguous.
+    """
     if inputs.x.numel() == 0:
         return tuple(None if value is None else value.new_zeros(value.shape) for value in inputs.differentiable)
     sizes = sizes_for(inputs.x, inputs.B.shape[3])
@@ -48,8 +57,13 @@ def backward(grad_y: Tensor, grad_final: Tensor, inputs: Inputs, options: Option
     more_dims, more_states = whole.x.shape[3] - inputs.x.shape[3], whole.B.shape[3] - inputs.B.shape[3]
     if more_dims or more_states:
         grad_y, grad_final = F.pad(grad_y, (0, more_dims)), F.pad(grad_final, (0, more_states, 0, more_dims))
+    if into is None or whole is not inputs:
+        x, dt, B, C = (
+            torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (whole.x, whole.dt, whole.B, whole.C)
+        )
+        into = x, dt, B, C
     with on(inputs.x.device):
-        found = gradients(Plan(whole, options, sizes), grad_y, grad_final)
+        found = gradients(Plan(whole, options, sizes), grad_y, grad_final, into)
     return tuple(
         None if gradient is None or value is None else _cut(gradient, value.shape).to(value.dtype)
         for gradient, value in zip(found, inputs.differentiable, strict=True)
@@ -58,7 +72,7 @@ def backward(grad_y: Tensor, grad_final: Tensor, inputs: Inputs, options: Option
 
 def _cut(value: Tensor, shape: torch.Size) -> Tensor:
     """What was there before it was padded."""
-    return (value if value.shape == shape else value[tuple(map(slice, shape))]).contiguous()
+    return value if value.shape == shape else value[tuple(map(slice, shape))].contiguous()
 
 
 def _trial(backwards: bool) -> Callable[[torch.device, int], Callable[[], object]]:

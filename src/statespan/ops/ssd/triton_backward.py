@@ -13,23 +13,26 @@ from statespan.ops.triton_kernels.launcher import launch
 MOST_REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
 
 
-def gradients(plan: Plan, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+def gradients(
+    plan: Plan, grad_y: Tensor, grad_final: Tensor, into: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, dt_bias and the initial state, as `chunked.backward` gives them."""
     grad_y = near(grad_y)
     kept, _ = states_kept(plan, plan.x, plan.B, plan.initial_state, reverse=False)
     grad_kept, first = states_kept(plan, grad_y, plan.C, plan.tiles(grad_final), reverse=True)
-    grad_x, grad_D, sums, grad_scores = _grad_x(plan, grad_y, kept, grad_kept)
-    grad_B = _grad_columns(plan, plan.x, plan.B, plan.C, grad_kept, grad_scores, reverse=False)
-    grad_C = _grad_columns(plan, grad_y, plan.C, plan.B, kept, grad_scores, reverse=True)
+    into_x, into_dt, into_B, into_C = into  # where those of x, dt, B and C go; their last dimensions are contiguous
+    grad_D, sums, grad_scores = _grad_x(plan, grad_y, kept, grad_kept, into_x)
+    _grad_columns(plan, plan.x, plan.C, grad_kept, grad_scores, into_B, reverse=False)
+    _grad_columns(plan, grad_y, plan.B, kept, grad_scores, into_C, reverse=True)
     del kept, grad_kept, grad_scores
-    grad_dt, grad_A, grad_bias, *skip = _grad_steps(plan, sums)
+    grad_A, grad_bias, *skip = _grad_steps(plan, sums, into_dt)
     grad_D = skip[0] if skip else grad_D
     return (
-        grad_x,
-        grad_dt,
+        into_x,
+        into_dt,
         grad_A.sum(0),
-        grad_B,
-        grad_C,
+        into_B,
+        into_C,
         None if grad_D is None else grad_D.sum(0),
         None if plan.dt_bias is None else grad_bias.sum(0),
         None if plan.initial_state is None or first is None else plan.whole(first),
@@ -37,12 +40,11 @@ def gradients(plan: Plan, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | 
 
 
 def _grad_x(
-    plan: Plan, grad_y: Tensor, kept: Tensor, grad_kept: Tensor
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor], Tensor]:
-    """grad_x, each chunk's part of D's gradient where D is [h p], the sums for dt's, the gradient of B C^T in parts."""
+    plan: Plan, grad_y: Tensor, kept: Tensor, grad_kept: Tensor, grad_x: Tensor
+) -> tuple[Tensor | None, tuple[Tensor, Tensor], Tensor]:
+    """Each chunk's part of D's gradient where D is [h p], the sums for dt's, the gradient of B C^T in parts."""
     parts, share = plan.shares()
     programs = plan.batch * plan.chunks * plan.groups
-    grad_x = plan.x.new_empty(plan.x.shape)
     grad_scores = plan.x.new_empty(parts, programs, plan.chunk, plan.chunk)
     each_place = plan.D is not None and plan.D.dim() == 2
     grad_D = plan.floats(plan.batch * plan.chunks, plan.heads, plan.dims) if each_place else None
@@ -74,19 +76,20 @@ def _grad_x(
         *plan.x.stride()[:3],
         *plan.B.stride()[:3],
         *plan.C.stride()[:3],
+        *grad_x.stride()[:3],
         *plan.skip_strides,
         **plan.tile_options(plan.sizes.gradients),
         **MOST_REGISTERS,
     )
-    return grad_x, grad_D, sums, grad_scores
+    return grad_D, sums, grad_scores
 
 
 def _grad_columns(
-    plan: Plan, x: Tensor, B: Tensor, C: Tensor, kept: Tensor, grad_scores: Tensor, *, reverse: bool
-) -> Tensor:
+    plan: Plan, x: Tensor, C: Tensor, kept: Tensor, grad_scores: Tensor, into: Tensor, *, reverse: bool
+) -> None:
     """The gradient of B or, with the roles of both sides exchanged and reverse, of C."""
     parts, share = plan.shares()
-    grad = torch.empty(parts, *B.shape, dtype=plan.x.dtype if parts == 1 else torch.float32, device=plan.device)
+    grad = into[None] if parts == 1 else plan.floats(parts, *into.shape)
     programs = plan.batch * plan.chunks * plan.groups
     launch(
         kernels.gradients_of_columns,
@@ -105,16 +108,17 @@ def _grad_columns(
         share,
         *x.stride()[:3],
         *C.stride()[:3],
+        *grad.stride()[:4],
         REVERSE=reverse,
         PART_N=plan.part_n,
         **plan.tile_options(plan.sizes.columns),
     )
-    return grad[0] if parts == 1 else grad.sum(0)
+    if parts > 1:
+        into.copy_(grad.sum(0))
 
 
-def _grad_steps(plan: Plan, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of dt, and each chunk's part of those of A, dt_bias and, where it is [h], of D."""
-    grad_dt = torch.empty(plan.dt.shape, dtype=plan.dt.dtype, device=plan.device)
+def _grad_steps(plan: Plan, sums: tuple[Tensor, Tensor], grad_dt: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of dt in its place; each chunk's part of those of A, dt_bias and, where it is [h], of D."""
     grad_A, grad_bias, *skip = plan.floats(len(sums[0]) - 2, plan.batch * plan.chunks, plan.heads)
     launch(
         kernels.steps_backward,
@@ -129,7 +133,8 @@ def _grad_steps(plan: Plan, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         grad_bias,
         skip[0] if skip else None,
         *plan.step_arguments,
+        *grad_dt.stride()[:2],
         **plan.step_options,
         BLOCKS=plan.blocks,
     )
-    return grad_dt, grad_A, grad_bias, *skip
+    return grad_A, grad_bias, *skip

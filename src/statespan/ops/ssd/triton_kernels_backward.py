@@ -72,6 +72,9 @@ def gradients(
     C_batch_stride,
     C_stride,
     C_group_stride,
+    grad_x_batch_stride,
+    grad_x_stride,
+    grad_x_head_stride,
     D_stride,
     D_dim_stride,
     SKIP_DIMS: tl.constexpr,
@@ -97,7 +100,7 @@ def gradients(
     there, real = tokens_inside(chunk, q, length, marks, CHUNK)
     grad_y += batch * grad_y_batch_stride + begin * grad_y_stride
     x += batch * x_batch_stride + begin * x_stride
-    grad_x += (batch * length + begin) * heads * DIMS
+    grad_x += batch * grad_x_batch_stride + begin * grad_x_stride
     B += batch * B_batch_stride + begin * B_stride + group * B_group_stride
     C += batch * C_batch_stride + begin * C_stride + group * C_group_stride
     keys = load_tile(B, B_stride, q, real, n)
@@ -172,7 +175,7 @@ def gradients(
                 tl.store(grad_D + place, tl.sum(wide * straight, 0))
             else:
                 tl.store(to + 4 * volume + q, skipped)
-        store_tile(grad_x + head * DIMS, heads * DIMS, q, there, p, out)
+        store_tile(grad_x + head * grad_x_head_stride, grad_x_stride, q, there, p, out)
 
     grad_scores += (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (CHUNK * CHUNK)
     tl.store(grad_scores + q[:, None] * CHUNK + q[None], grad_pairs.to(grad_scores.dtype.element_ty))
@@ -202,6 +205,10 @@ def gradients_of_columns(
     C_batch_stride,
     C_stride,
     C_group_stride,
+    grad_B_part_stride,
+    grad_B_batch_stride,
+    grad_B_stride,
+    grad_B_group_stride,
     REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
@@ -244,9 +251,9 @@ def gradients_of_columns(
             if REVERSE:
                 pairs = tl.trans(pairs)
             found = tl.dot(pairs, others, found, input_precision=PRECISION)
-    rows = tl.num_programs(0).to(tl.int64) // groups // chunks * length  # of all the batch
-    place = grad_B + ((tl.program_id(1) * rows + batch * length + begin) * groups + group) * BLOCK_N
-    store_tile(place, groups * BLOCK_N, q, there, n, found)
+    place = grad_B + tl.program_id(1).to(tl.int64) * grad_B_part_stride + batch * grad_B_batch_stride
+    place += begin * grad_B_stride + group * grad_B_group_stride
+    store_tile(place, grad_B_stride, q, there, n, found)
 
 
 @triton.jit
@@ -285,7 +292,9 @@ def _slopes(size, rate, DISCRETIZATION: tl.constexpr):
         return slope, inverse * inverse, size * size / 2.0 * inverse * inverse
 
 
-@triton.jit(do_not_specialize=["length", "heads", "dt_batch_stride", "dt_stride"])
+@triton.jit(
+    do_not_specialize=["length", "heads", "dt_batch_stride", "dt_stride", "grad_dt_batch_stride", "grad_dt_stride"]
+)
 def steps_backward(
     sums,
     grad_across,
@@ -303,6 +312,8 @@ def steps_backward(
     dt_stride,
     dt_min,
     dt_max,
+    grad_dt_batch_stride,
+    grad_dt_stride,
     DT_SOFTPLUS: tl.constexpr,
     DISCRETIZATION: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -341,7 +352,7 @@ def steps_backward(
     grad = tl.where(real & (size >= dt_min) & (size <= dt_max), grad, 0.0)
     if DT_SOFTPLUS:
         grad *= sigmoid(raw)
-    to = grad_dt + (batch * length + time[:, None]) * heads + head[None]
+    to = grad_dt + batch * grad_dt_batch_stride + time[:, None].to(tl.int64) * grad_dt_stride + head[None]
     tl.store(to, grad.to(grad_dt.dtype.element_ty), inside)
     place = tl.program_id(0).to(tl.int64) * heads + head
     tl.store(grad_A + place, tl.sum(grad_rate, 0), head < heads)

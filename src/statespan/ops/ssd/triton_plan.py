@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from statespan.ops.gpu import multiprocessors
 from statespan.ops.layout import contiguous, last_contiguous, near
-from statespan.ops.segments import token_marks
+from statespan.ops.segments import kernel_marks
 from statespan.ops.ssd import triton_kernels as kernels
 from statespan.ops.ssd.inputs import Inputs, Options
 from statespan.ops.triton_kernels import power_of_two
@@ -106,7 +106,7 @@ class Plan:
         self.x, self.B, self.C, self.dt = near(inputs.x), near(inputs.B), near(inputs.C), last_contiguous(inputs.dt)
         self.D, self.A = inputs.D, inputs.A.contiguous()
         self.dt_bias = contiguous(inputs.dt_bias)
-        self.marks = None if inputs.segments is None else token_marks(inputs.segments)
+        self.marks = None if inputs.segments is None else kernel_marks(inputs.segments)
         self.chunk = max(16, min(sizes.chunk, power_of_two(options.chunk_size + 1) // 2))
         self.block_p, self.block_n = tile_of(sizes, self.dims, self.states)
         self.part_n = min(self.block_n, PART_N)

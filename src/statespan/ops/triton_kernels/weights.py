@@ -14,6 +14,7 @@ from statespan.ops.triton_kernels.launcher import launch
 MOST = 4  # weights that are cast together
 BLOCK, WARPS = 4096, 4  # values of a program that casts
 ROWS, COLUMNS = 64, 32  # parts that a program adds at once, and columns that it owns
+RUN_ROWS, RUN_COLUMNS = 8, 512  # the same of rows with one id
 
 
 @triton.jit
@@ -53,6 +54,28 @@ def add_parts(parts, first, others, num_parts, columns, split, ROWS: tl.constexp
         tl.store(others + (column - split), found.to(others.dtype.element_ty), there)
 
 
+@triton.jit
+def add_runs(total, rows, ids, ends, order, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """total[id] += the sum of the rows with that id.
+
+    `ids` are sorted, `ends` says where the run of each ends, and `order` where its row lies.
+    """
+    first = tl.program_id(0)
+    own, end = tl.load(ids + first), tl.load(ends + first)
+    if tl.load(ids + first - 1, first > 0, -1) != own:
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        here = column < columns
+        at = total + own.to(tl.int64) * columns + column
+        before = tl.load(at, here, 0.0)
+        found = tl.load(rows + tl.load(order + first) * columns + column, here, 0.0).to(tl.float32)
+        for start in range(first + 1, end, ROWS):  # most ids come once
+            place = start + tl.arange(0, ROWS)
+            row = tl.load(order + place, place < end, 0)[:, None] * columns
+            values = tl.load(rows + row + column[None], (place < end)[:, None] & here[None], 0.0)
+            found += tl.sum(values.to(tl.float32), 0)
+        tl.store(at, (found + before.to(tl.float32)).to(total.dtype.element_ty), here)
+
+
 def cast(dtype: torch.dtype, weights: list[Tensor]) -> list[Tensor]:
     """Up to four contiguous tensors in `dtype`."""
     found = [torch.empty_like(weight, dtype=dtype) for weight in weights]
@@ -83,5 +106,22 @@ def sum_of_parts(parts: Tensor, *outputs: Tensor) -> None:
             *(parts, first, others, *parts.shape, first.numel()),
             ROWS=ROWS,
             COLUMNS=COLUMNS,
+            num_warps=WARPS,
+        )
+
+
+def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """total[id] += row, for ids [r] int64 and rows [r c], both tensors of rows contiguous; in fixed order."""
+    if rows.numel() == 0:
+        return
+    ordered, order = torch.sort(ids.int(), stable=True)  # half the passes of int64
+    ends = torch.searchsorted(ordered, ordered, right=True, out_int32=True)
+    with on(total.device):
+        launch(
+            add_runs,
+            (len(rows), -(-rows.shape[1] // RUN_COLUMNS)),
+            *(total, rows, ordered, ends, order, rows.shape[1]),
+            ROWS=RUN_ROWS,
+            COLUMNS=RUN_COLUMNS,
             num_warps=WARPS,
         )
