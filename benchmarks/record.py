@@ -81,7 +81,7 @@ def report(name: str, rows: Sequence[Row], packages: Sequence[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     fresh = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)] + list(context))
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)] + list(context), lineterminator="\n")
         if fresh:
             writer.writeheader()
         for row in rows:
