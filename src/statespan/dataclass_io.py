@@ -5,6 +5,7 @@ wrong types name the field, nested dataclasses are addressed with dots (`model.h
 """
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from statespan.errors import UnknownName, UserError
 
 T = TypeVar("T")
+_hints = functools.cache(typing.get_type_hints)
 
 
 def to_plain(value: Any) -> Any:
@@ -37,7 +39,7 @@ def from_plain(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     where = where or cls.__name__
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where}: expected an object with fields, got {type(mapping).__name__}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # T is always a dataclass here
     for key in mapping:
         if key not in known:

@@ -17,7 +17,7 @@ def is_single(prompt: Prompt | Prompts) -> bool:
     """Whether this is one prompt: text, ids or a [t] tensor, and not a list of prompts or a [b t] tensor."""
     if isinstance(prompt, Tensor):
         return prompt.dim() == 1
-    return isinstance(prompt, str) or not any(isinstance(part, str | Sequence | Tensor) for part in prompt)
+    return isinstance(prompt, str) or not isinstance(next(iter(prompt), None), str | Sequence | Tensor)
 
 
 def read_prompts(
@@ -73,13 +73,13 @@ def _encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
 
 def _ids(row: Any, place: int) -> list[int]:
     try:
-        return [index(value) for value in (row.tolist() if isinstance(row, Tensor) else row)]
+        return list(map(index, row.tolist() if isinstance(row, Tensor) else row))
     except TypeError:
         raise UserError(f"prompt {place} is neither text nor a list of integers: {str(row)[:60]!r}") from None
 
 
 def _check_range(ids: list[int], place: int, vocab_size: int) -> None:
-    for value in ids:
+    for value in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= value < vocab_size:
             raise UserError(
                 f"token id {value} of prompt {place} is out of range; the vocabulary is 0 to {vocab_size - 1}"
