@@ -117,9 +117,8 @@ class Middle(NamedTuple):
     # (inputs, grad_y, grad_conv, grad_state, what was kept) -> y once more, gradients of in_proj's output and tensors
     backward: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
     num_kept: int
-    matrices: tuple[
-        int, ...
-    ] = ()  # places in `tensors` of weights that `inputs` takes last in the dtype of in_proj's output
+    # Places in `tensors` of weights that `inputs` takes last in the dtype of in_proj's output.
+    matrices: tuple[int, ...] = ()
 
 
 def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]:

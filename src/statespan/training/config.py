@@ -113,15 +113,10 @@ class RunConfig:
     accumulation_steps: int = 1  # parts in which the batch goes through the model
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; the parameters stay float32
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, about 1/3 more time
-    recompute_projections: float = (
-        0.0  # share of Mamba layers whose in_proj runs again in a GPU's backward: 1 costs 1/10
-    )
-    recompute_convolutions: float = (
-        1.0  # the same for their convs: 0 holds 2 b t d bytes more a layer and saves 1 or 2% of the time
-    )
-    recompute_casts: float = (
-        1.0  # the same for their weights in bfloat16: 0 holds 2 bytes more a weight and saves 1/2 to 1% of the time
-    )
+    # Shares of the Mamba layers that compute something again in a GPU's backward instead of keeping it:
+    recompute_projections: float = 0.0  # what in_proj gave: 1 costs 1/10 of the time
+    recompute_convolutions: float = 1.0  # what the conv gave: 0 holds 2 b t d bytes more a layer and saves 1 or 2%
+    recompute_casts: float = 1.0  # the weights in bfloat16: 0 holds 2 bytes more a weight and saves up to 1%
     device: str = "cpu"
     cuda_graph: bool = False  # capture forward and backward once and replay them: faster where layers are short
     log_every: int = 10  # steps a row of metrics

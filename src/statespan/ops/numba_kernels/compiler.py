@@ -25,9 +25,6 @@ import llvmlite.binding as llvm
 from statespan.ops import kernel_cache
 from statespan.ops.numba_kernels.host import cpu_features, cpu_name
 
-# Words of the call buffer, see entry.py: the count of finished items, and where the kernel's arguments begin.
-FINISHED, ARGUMENTS = 2, 8
-
 lock = threading.RLock()  # one thread compiles, the others wait for what it makes
 _engines: list[Any] = []  # loaded code lives as long as the process
 

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from statespan.ops.numba_kernels.compiler import ARGUMENTS, FINISHED
+from statespan.ops.numba_kernels.threads import ARGUMENTS, FINISHED
 from statespan.ops.numba_kernels.vector import F32, I64, jit, typed
 
 

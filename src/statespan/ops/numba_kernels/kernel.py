@@ -54,7 +54,7 @@ class Kernel:
             self.compile()
         call = self._buffer()
         if self._phased:
-            words = (ctypes.addressof(call) + 8 * compiler.FINISHED, *words)
+            words = (ctypes.addressof(call) + 8 * threads.FINISHED, *words)
         self._layout.pack_into(call, 0, 0, 0, 0, num_items, *words)
         threads.run(cast(threads.Entry, self._entry), self._address, call, workers)
 
@@ -63,7 +63,7 @@ class Kernel:
         if self._entry is None:
             self.compile()
         call = self._buffer()
-        head = (ctypes.addressof(call) + 8 * compiler.FINISHED,) if self._phased else ()
+        head = (ctypes.addressof(call) + 8 * threads.FINISHED,) if self._phased else ()
         self._layout.pack_into(call, 0, 0, 0, 0, num_items, *head, *[0] * num_varying, *words)
         changing = struct.Struct("=4q32x" + "q" * (len(head) + num_varying))
         entry = cast(threads.Entry, self._entry)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 Entry = Callable[[ctypes.Array[ctypes.c_char]], Any]  # a kernel's C entry as a ctypes function; it holds no GIL
+# Words of what an entry takes, see entry.py: the count of finished items, and where the kernel's arguments begin.
+FINISHED, ARGUMENTS = 2, 8
 
 _forked = False
 
