@@ -80,7 +80,7 @@ class Captured:
         self._gradients: list[Tensor | None] | None = None  # the tensors that all graphs write to
 
     def __call__(self, *inputs: Tensor | None) -> Any:
-        """What compute returns, in tensors that the next call of the same kind overwrites."""
+        """What compute returns, in tensors that the next call overwrites: graphs share their memory."""
         new = all(parameter.grad is None for parameter in self._parameters)
         kind = (new, *(None if value is None else (value.shape, value.dtype) for value in inputs))
         if kind not in self._calls:
@@ -104,26 +104,36 @@ class Captured:
 
     def _capture(self, inputs: tuple[Tensor | None, ...], new: bool) -> _Call:
         places = tuple(None if value is None else value.clone() for value in inputs)
-        before = [parameter.grad for parameter in self._parameters]
-        with warming_up():
-            for _ in range(WARM_UPS):
-                self._show([None] * len(before))
-                self._compute(*places)
-        if self._gradients is None:
-            self._gradients = before
-        self._show(self._gradients)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._calls.values())).graph.pool() if self._calls else None
-        with capture(graph, pool):
-            if new and self._calls:  # after the first kind of call the gradients have their place
-                for gradient in self._gradients:
-                    if gradient is not None:
-                        gradient.zero_()
-            outputs = self._compute(*places)
-        gradients = self._gradients = [parameter.grad for parameter in self._parameters]
-        self._show(before)
+        graph, first = torch.cuda.CUDAGraph(), not self._calls
+        pool = None if first else next(iter(self._calls.values())).graph.pool()
+        before = self._shown()
+        try:
+            with warming_up():
+                for _ in range(WARM_UPS):
+                    self._show([None] * len(before))
+                    self._compute(*places)
+            into = before if self._gradients is None else self._gradients
+            if not (first and new):  # it adds to what is there, and memory of a graph's own is written by others, too
+                into = list(map(_or_zeros, into, self._shown()))
+            self._show(into)
+            with capture(graph, pool):
+                if new:
+                    for gradient in into:
+                        if gradient is not None:
+                            gradient.zero_()
+                outputs = self._compute(*places)
+            gradients = self._gradients = self._shown()
+        finally:
+            self._show(before)
         return _Call(graph, places, outputs, gradients)
+
+    def _shown(self) -> list[Tensor | None]:
+        return [parameter.grad for parameter in self._parameters]
 
     def _show(self, gradients: list[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+def _or_zeros(place: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return torch.zeros_like(like) if place is None and like is not None else place
