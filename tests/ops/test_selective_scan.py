@@ -1,11 +1,13 @@
 """The selective scan against the recurrence in float64: outputs, states and every gradient."""
 
+import ctypes
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -415,6 +417,29 @@ def check_halves(inputs: dict[str, Tensor], **options) -> None:
     for name, value in run(inputs, backend="cuda", **options).items():
         errors = [(result.double() - exact[name]).abs().max() for result in (value, yardstick[name])]
         assert errors[0] <= 2 * errors[1] + 2**-10 * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rates_come_as_float32_without_gaps(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the kernel that multiplies A's gradient, too, which would read beyond the end of anything else."""
+    from statespan.ops.selective_scan import cuda_backend
+    from statespan.ops.selective_scan.inputs import Inputs, Options
+
+    inputs, given = make(groups=1), list[Tensor]()
+
+    def sums(*arguments: int) -> None:
+        numbers = (ctypes.c_float * inputs["A"].numel()).from_address(arguments[-1])
+        given.append(torch.tensor(list(numbers)).view(inputs["A"].shape))
+
+    sizes = {"splits": 1, "split": 64, "blocks": 1, "tiles_a_block": 1}
+    work = SimpleNamespace(main=lambda *_: None, sums=sums, chained=False, **sizes)
+    scan = SimpleNamespace(batch=2, channels=12, groups=1, sizes=(), backward=lambda: work)
+    monkeypatch.setattr(cuda_backend, "scan_of", lambda layout: scan)
+    A = inputs["A"].to(dtype)
+    tensors = Inputs(**inputs | {"A": A.T.contiguous().T})
+    arguments = (torch.randn(2, 9, 12), None, torch.zeros(1), tensors, Options(True, "mamba"))
+    cuda_backend.gradients(*arguments, of_log=True)
+    assert torch.equal(given[0], A.float())
 
 
 @pytest.fixture

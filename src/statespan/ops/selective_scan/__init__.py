@@ -166,8 +166,7 @@ def _backward(
     """The gradients of the inputs that are there, in their order; that of z is in `into_z`, where it is given.
 
     `into_y` [b t d] gets the scan's output once more, so that nobody needs to keep it; `into_matrices` the gradients of
-    B and C, beside each other in rows of one tensor as B and C are. With `of_log` that of A is that of log(-A), for
-    which A is contiguous and float32.
+    B and C, beside each other in rows of one tensor as B and C are. With `of_log` that of A is that of log(-A).
     """
     inputs, options, name = _split(arguments)
     u, compiled = inputs.u, _module(name)

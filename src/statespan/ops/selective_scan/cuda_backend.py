@@ -90,10 +90,11 @@ def gradients(
     )
     grad_B, grad_C = into_matrices or (torch.empty(B.shape, dtype=x.dtype, device=u.device) for x in (B, C))
     grad_A, grad_D, grad_bias = new(A.shape), new(scan.channels), new(scan.channels)  # an op's outputs share no memory
+    factors = contiguous_float32(A) if of_log else None
     work.sums(
         *(address(of_matrices), work.blocks, address(of_A), address(of_channels), scan.batch * work.splits),
         *(address(grad_B), address(grad_C), address(grad_A), address(grad_D), address(grad_bias)),
-        *(grad_B.numel(), scan.channels, grad_B.stride(2 if into_matrices is None else 1), address(A) if of_log else 0),
+        *(grad_B.numel(), scan.channels, grad_B.stride(2 if into_matrices is None else 1), address(factors)),
     )
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial
 
