@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,12 @@ from statespan.models.language_model import LanguageModel
         ([1.5, 2.0], {}, "prompt 0 is neither text nor a list of integers"),
         (torch.tensor([1.5]), {}, "prompt 0 is neither text nor a list of integers"),
         ([[1], 2], {}, "prompt 1 is neither text nor a list of integers"),
+        ([1, [2]], {}, "prompt 0 is neither text nor a list of integers"),
+        (np.array([[1, 2]]), {}, "prompt 0 is neither text nor a list of integers"),
+        (5, {}, "a prompt is text or a list of token ids, .*; got one int"),
+        (None, {}, "got one NoneType"),
+        (torch.tensor(5), {}, "got one Tensor"),
+        (np.array(5), {}, "got one ndarray"),
         (torch.zeros(2, 2, 2, dtype=torch.int64), {}, "prompt 0 is neither"),
         (
             torch.tensor([[1, 2]]),
@@ -50,6 +57,20 @@ def test_bad_arguments(
         with pytest.raises(UserError, match=message) as caught:
             call(model, prompt, **options)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("iterate", [iter, lambda ids: (i for i in ids), lambda ids: map(int, ids)])
+def test_an_iterator_is_refused(tiny: Callable[[str], LanguageModel], iterate: Callable[[list[int]], Any]) -> None:
+    """It would be read twice: for what it is, and for its tokens."""
+    with pytest.raises(UserError, match=r"a prompt is text or a list of token ids, .*; got one (list_iter|gener|map)"):
+        generate(tiny("mamba1"), iterate([1, 2]), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("prompt", [(1, 2), range(1, 3), np.array([1, 2]), [np.int64(1), 2], bytes([1, 2])])
+def test_ids_of_any_kind_of_sequence(tiny: Callable[[str], LanguageModel], prompt: Any) -> None:
+    model = tiny("mamba1")
+    found = generate(model, prompt, max_new_tokens=3, temperature=0)
+    assert found.token_ids == generate(model, [1, 2], max_new_tokens=3, temperature=0).token_ids
 
 
 def test_an_empty_stop_string(scripted: Any) -> None:

@@ -31,8 +31,12 @@ def read_prompts(
     """The token ids of each prompt, checked. An empty one becomes the BOS token, unless it `continues` a state.
 
     Raises:
-        UserError: text without a tokenizer, no tokens and no BOS token, ids out of range, a mask of another shape.
+        UserError: no text, list or tensor, text without a tokenizer, no tokens and no BOS token, ids out of range, a
+            mask of another shape.
     """
+    if not _lasts(prompt):
+        kind = type(prompt).__name__
+        raise UserError(f"a prompt is text or a list of token ids, several are a list of these; got one {kind}")
     if attention_mask is not None:
         rows: list[Any] = _unpad(prompt, attention_mask)
     else:
@@ -52,6 +56,16 @@ def read_prompts(
         _check_range(ids, place, model.config.vocab_size)
         prompts.append(ids)
     return prompts
+
+
+def _lasts(prompt: Any) -> bool:
+    """Whether it has parts, and still has them once they were looked at, as an iterator has not."""
+    if isinstance(prompt, Tensor):
+        return prompt.dim() > 0
+    try:
+        return iter(prompt) is not prompt
+    except TypeError:
+        return False
 
 
 def _unpad(prompt: Prompt | Prompts, attention_mask: Tensor) -> list[list[int]]:
