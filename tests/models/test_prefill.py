@@ -7,6 +7,7 @@ import torch
 
 from statespan.layers.config import Mamba1Config, Mamba2Config, MLPConfig, MoEConfig
 from statespan.layers.state import ModelState
+from statespan.models import prefill
 from statespan.models.build import build
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
@@ -84,10 +85,28 @@ def test_padding_of_the_prompts_is_not_seen(name: str, device: str) -> None:
 
 
 def test_a_chunk_is_padded_to_the_next_size() -> None:
-    """A step up is at most 64 tokens, or half of the size below, a quarter from 512 tokens on."""
+    """A step up is at most 128 tokens, or a quarter of the size below."""
     assert SIZES[-1] == MOST_TOKENS and SIZES[0] == 64
     for size, above in pairwise(SIZES):
-        assert above % 64 == 0 and above - size <= max(64, size // (4 if size >= 512 else 2))
+        assert above % 64 == 0 and 0 < above - size <= max(128, size // 4)
+
+
+def test_every_length_goes_to_the_least_size_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chunk:
+        def __init__(self, prefiller: Prefiller, num_rows: int, size: int, padded: bool) -> None:
+            self.size, self.padded = size, padded
+
+        def __call__(self, ids: torch.Tensor, real: torch.Tensor | None) -> tuple[int, bool]:
+            return self.size, self.padded
+
+    monkeypatch.setattr(prefill, "_Chunk", Chunk)
+    prefiller = prefiller_of(small("mamba1"), 1)
+    for length in range(1, MOST_TOKENS + 1):
+        ids, real = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, length, dtype=torch.bool)
+        least = min(size for size in SIZES if size >= length)
+        assert prefiller.feed(ids) == prefiller.feed(ids, real) == (least, length < least)
+        real[:, 0] = False
+        assert prefiller.feed(ids, real) == (least, True)
 
 
 def test_what_is_worth_a_graph() -> None:

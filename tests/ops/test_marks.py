@@ -8,7 +8,7 @@ from statespan.ops.segments import kernel_marks, token_marks
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 127, 129, 700, 4097])
 def test_marks_by_a_kernel_are_the_same(length: int, dtype: torch.dtype) -> None:
     segments = torch.randint(-2, 3, (40, 2 * length)).to(dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -377,6 +378,47 @@ def test_opcheck_and_compile(block: Block) -> None:
     expected = torch.autograd.grad(run(**leaves), list(leaves.values()))
     torch.testing.assert_close(torch.autograd.grad(compiled(**leaves), list(leaves.values())), expected)
     block.opcheck(leaves)
+
+
+@both_blocks
+def test_compiled_with_weights_that_are_kept_cast(block: Block) -> None:
+    """Of them one has the products' dtype, and is its own cast."""
+    inputs = {name: value.float() for name, value in block.problem(9).items()}
+    inputs["out_proj"] = inputs["out_proj"].bfloat16()
+    at_once = partial(block.at_once, keep_cast=True)
+    compiled = torch.compile(at_once, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = values_and_gradients(at_once, inputs, None, block.option)
+        actual = values_and_gradients(compiled, inputs, None, block.option)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@both_blocks
+def test_what_is_traced_launches_nothing(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake tensor has no memory that a kernel could cast."""
+    monkeypatch.setattr(mixer_block, "in_dtype", None)
+    with FakeTensorMode():
+        inputs: dict[str, Any] = {name: torch.empty(value.shape) for name, value in block.problem(9).items()}
+        inputs["in_proj"] = inputs["in_proj"].bfloat16()  # the dtype of the products; the others are float32
+        outputs = block.at_once(None, block.option, **inputs)
+    assert [value.dtype for value in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+@both_blocks
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rates_of_fewer_bits_and_with_gaps(block: Block, device: str, dtype: torch.dtype) -> None:
+    """A_log as mixed precision makes it, its columns apart."""
+    inputs = {name: value.to(device, torch.float32) for name, value in block.problem(40, norms=False).items()}
+    rates = inputs["A_log"].to(dtype)
+    inputs["A_log"] = rates.T.contiguous().T if rates.dim() == 2 else rates
+    wide = {name: value.double().cpu() for name, value in inputs.items()}
+    _, expected = values_and_gradients(block.in_parts, wide, None, block.option)
+    _, found = values_and_gradients(block.at_once, inputs, None, block.option)
+    assert found["A_log"].dtype == dtype
+    for name, gradient in found.items():
+        error = (gradient.double().cpu() - expected[name]).norm() / expected[name].norm()
+        assert error < (1e-4 if dtype == torch.float32 else 2e-2), name
 
 
 @both_blocks

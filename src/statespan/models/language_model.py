@@ -10,6 +10,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from statespan.errors import UserError
 from statespan.layers.linear import Int8Linear, Linear, projection_of
@@ -137,7 +138,8 @@ class LanguageModel(nn.Module):
         aux_loss = self._aux_loss(router, activation)
         loss = logits = None
         if labels is not None:
-            loss = self._loss(self.normed(hidden), head_weight, labels, segments)
+            normed = self.normed(hidden)
+            loss = self._loss(normed, self.head_weight if head_weight is None else head_weight, labels, segments)
         elif logits_at != "none":
             logits = self.head(hidden if logits_at == "all" else last_real(hidden, segments))
         return LanguageModelOutput(logits, state, loss, aux_loss, router)
@@ -154,14 +156,13 @@ class LanguageModel(nn.Module):
         logits = linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
         return logits[..., : self.config.vocab_size]
 
-    def _embed(self, input_ids: Tensor, with_head: bool) -> tuple[Tensor, Tensor]:
-        """The tokens' rows [b t h] of the residual stream, and the head's matrix for the loss."""
-        embedding = self.embedding
-        watched = embedding._forward_hooks or embedding._forward_pre_hooks
-        if with_head and self.lm_head is None and type(embedding) is nn.Embedding and not watched:
-            rows, head = tied_embedding(input_ids, embedding.weight)
+    def _embed(self, input_ids: Tensor, with_head: bool) -> tuple[Tensor, Tensor | None]:
+        """The tokens' rows [b t h] of the residual stream, and a tied head's matrix for the loss, where it is one."""
+        head = None
+        if with_head and self.lm_head is None and _only_looks_up(self.embedding):
+            rows, head = tied_embedding(input_ids, self.embedding.weight)
         else:
-            rows, head = embedding(input_ids), self.head_weight
+            rows = self.embedding(input_ids)
         return rows.to(self.stream_dtype), head
 
     def _loss(self, hidden: Tensor, head_weight: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
@@ -299,6 +300,16 @@ class LanguageModel(nn.Module):
         """Type and row shape of each layer's state."""
         layers = self.new_state(0).layers
         return [None if layer is None else (layer.kind, layer.row_shape) for layer in layers]
+
+
+def _only_looks_up(embedding: nn.Embedding) -> bool:
+    """Whether a call of it is weight[ids] and nothing else, so that nobody misses it."""
+    own = vars(embedding)
+    hooks = (own[f"_{place}_hooks"] for place in ("forward_pre", "forward", "backward_pre", "backward"))
+    if type(embedding) is not nn.Embedding or "forward" in own or any(hooks) or _has_any_global_hook():
+        return False
+    limits = (embedding.padding_idx, embedding.max_norm)
+    return limits == (None, None) and not embedding.scale_grad_by_freq and not embedding.sparse
 
 
 def _forms(blocks: Sequence[Block], dtype: torch.dtype) -> list[tuple[list[int], SSMState]]:

@@ -162,7 +162,7 @@ def define_block(name: str, middle: Middle) -> Callable[..., tuple[Tensor, ...]]
     def fake(hidden: Tensor, update: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
         *given, keep, keep_cast = arguments
         weights = weights_of(arguments)
-        cast = in_dtype(given[-1], weights)
+        cast = [weight.to(given[-1]) for weight in weights]  # not by a kernel: there is no memory behind them
         ends, inputs = split(tuple(given), cast)
         projected = hidden.new_empty(*hidden.shape[:2], ends.in_proj.shape[0], dtype=ends.dtype)
         y, *found = middle.fake(inputs(projected), keep)

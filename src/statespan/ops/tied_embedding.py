@@ -28,7 +28,8 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
     kernels = BACKENDS["triton"].why_not(weight.device, (weight.dtype,)) is None
-    if traced or not kernels or not needs_gradients(weight):
+    plain = type(weight) in (Tensor, torch.nn.Parameter)  # kernels take addresses, which a DTensor has not
+    if traced or not kernels or not plain or not needs_gradients(weight):
         return F.embedding(ids, weight), weight
     rows, head = _TiedEmbedding.apply(ids, weight)
     return rows, head
