@@ -249,7 +249,8 @@ def fill(weight: torch.Tensor, scale: torch.Tensor) -> None:
 
 def pretend(pool: StatePool, context: int) -> None:
     """Rows with so many tokens that nobody fed: random keys and values, in place."""
-    for part in pool._memory.kv.flatten(0, 1).split(64):
+    keys_and_values = pool._memory.kv  # pyright: ignore[reportPrivateUsage]  # nobody else writes pages unasked
+    for part in keys_and_values.flatten(0, 1).split(64):
         part.normal_()
     for row in range(pool.num_rows):
         pool.row_pages.set_length(row, context)

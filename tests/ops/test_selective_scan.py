@@ -15,7 +15,7 @@ from torch import Tensor
 
 from statespan.errors import BackendUnavailable, UnknownName, UserError
 from statespan.ops import selective_scan
-from statespan.ops.selective_scan import cuda_plan
+from statespan.ops.selective_scan import backends, cuda_plan
 
 GPU = ["cuda", "triton"] if torch.cuda.is_available() else []  # conftest.py makes their tests' tensors on the GPU
 FAST = ["cpu", *GPU]
@@ -613,8 +613,7 @@ def test_no_time_step_is_an_error() -> None:
 def test_what_the_kernels_take(rows: int, states: int, refused: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit their grids or registers goes to the next backend; nothing of its output would be written."""
     limits = []
-    scan = sys.modules["statespan.ops.selective_scan"]
-    monkeypatch.setattr(scan, "resolve", lambda *_, too_large: limits.append(too_large) or "reference")
+    monkeypatch.setattr(backends, "resolve", lambda *_, too_large: limits.append(too_large) or "reference")
     selective_scan(**make(rows, 1, 1, 1, states))
     assert [name for name, _ in limits[0]] == refused
 

@@ -10,7 +10,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]  # no other name
 
 from statespan.errors import UserError
 from statespan.layers.linear import Int8Linear, Linear, projection_of

@@ -47,7 +47,7 @@ def define(
     recorded = None if backward is None or setup_context is None else _recorded(name, kernel, setup_context, backward)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        if traced():
             return op(*args)
         if not torch.is_grad_enabled():
             return kernel(*args) if type(args[0]) is Tensor else op(*args)
@@ -62,6 +62,12 @@ def define(
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_functorch_is_on = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]  # no other name
+
+
+def traced() -> bool:
+    """Whether somebody looks on: compilation, a dispatch mode or functorch."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _functorch_is_on()
 
 
 def _recorded(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from statespan.ops.arguments import needs_gradients
+from statespan.ops.custom_op import traced
 from statespan.ops.dispatch import BACKENDS
 
 
@@ -26,10 +26,9 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Numerics: an id's gradients are summed in float32 and rounded once, with the head's.
     """
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
     kernels = BACKENDS["triton"].why_not(weight.device, (weight.dtype,)) is None
     plain = type(weight) in (Tensor, torch.nn.Parameter)  # kernels take addresses, which a DTensor has not
-    if traced or not kernels or not plain or not needs_gradients(weight):
+    if traced() or not kernels or not plain or not needs_gradients(weight):
         return F.embedding(ids, weight), weight
     rows, head = _TiedEmbedding.apply(ids, weight)
     return rows, head

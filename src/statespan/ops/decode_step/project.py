@@ -83,6 +83,33 @@ def aligned(projection: Projection) -> bool:
     )
 
 
+def macros_of(
+    projection: Projection,
+    rows: int,
+    hidden_dtype: torch.dtype,
+    before: Normed | Gated | None,
+    after: Convolved | str | None,
+    add: bool,
+) -> dict[str, str | int]:
+    """What project.cu and stream.cu are compiled with, but for the division of their work."""
+    weight, bias = projection.weight, projection.bias
+    conv = after if isinstance(after, Convolved) else None
+    norm = None if before is None else before.weight
+    plain = conv.weight if norm is None and conv else norm
+    pairs = after in ("swiglu", "geglu")
+    return {
+        **{"W": TYPES[weight.dtype], "H": TYPES[hidden_dtype], "P": "float" if plain is None else TYPES[plain.dtype]},
+        **{"Q": "float" if bias is None else TYPES[bias.dtype], "S": TYPES[conv.state_dtype] if conv else "float"},
+        **{"INPUTS": weight.shape[-1], "BATCH": rows},
+        **{"INPUT": 1 if isinstance(before, Normed) else 2 if before else 0},
+        **{"GROUP": before.group if isinstance(before, Gated) and norm is not None else 0},
+        **{"OUTPUT": 1 if conv else 2 if add else 3 if pairs else 4 if after else 0},
+        **{"TAPS": conv.weight.shape[1] if conv else 1, "ACTIVATION": ACTIVATIONS.get(str(after), 0)},
+        **{"EPSILON": f"{before.epsilon if before else 0.0:.9e}f"},
+        **{"NORM_FIRST": int(isinstance(before, Gated) and before.norm_first)},
+    }
+
+
 class Product:
     """y = W x of one projection, with what happens before and after: see project.cu."""
 
@@ -98,33 +125,17 @@ class Product:
         experts: Chosen | None = None,
         outputs: int | None = None,  # only the first of them
     ) -> None:
-        weight, bias = projection.weight, projection.bias
+        weight = projection.weight
         total, inputs = weight.shape[-2:]
         self.projection, self.before, self.after = projection, before, after
         self.outputs = outputs or total
         pairs = after in ("swiglu", "geglu")
-        conv = after if isinstance(after, Convolved) else None
         summed = experts.top_k if experts is not None and experts.summed else 1
         plan = Plan(self.outputs // (2 if pairs else 1), inputs, weight, 1 if experts else rows, pairs, summed)
-        norm = None if before is None else before.weight
-        plain = conv.weight if norm is None and conv else norm
-        macros: dict[str, str | int] = {
-            **{
-                "W": TYPES[weight.dtype],
-                "H": TYPES[hidden_dtype],
-                "P": "float" if plain is None else TYPES[plain.dtype],
-            },
-            **{"Q": "float" if bias is None else TYPES[bias.dtype], "S": TYPES[conv.state_dtype] if conv else "float"},
-            **{"INPUTS": inputs, "BATCH": rows, "INPUT": 1 if isinstance(before, Normed) else 2 if before else 0},
-            **{"GROUP": before.group if isinstance(before, Gated) and norm is not None else 0},
-            **{"OUTPUT": 1 if conv else 2 if add else 3 if pairs else 4 if after else 0},
-            **{"TAPS": conv.weight.shape[1] if conv else 1, "ACTIVATION": ACTIVATIONS.get(str(after), 0)},
-            **{"EPSILON": f"{before.epsilon if before else 0.0:.9e}f"},
-            **{"NORM_FIRST": int(isinstance(before, Gated) and before.norm_first)},
-            **{
-                "EXPERTS": 0 if experts is None else 2 if experts.summed else 1,
-                "CHOICES": experts.top_k if experts else 1,
-            },
+        macros = {
+            **macros_of(projection, rows, hidden_dtype, before, after, add),
+            **{"EXPERTS": 0 if experts is None else 2 if experts.summed else 1},
+            **{"CHOICES": experts.top_k if experts else 1},
             **plan.macros,
         }
         along = rows * (experts.top_k // summed) if experts else 1

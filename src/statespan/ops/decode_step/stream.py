@@ -5,7 +5,7 @@ from torch import Tensor
 
 from statespan.ops.decode_step.launch import Launch
 from statespan.ops.decode_step.multiply import HALVES
-from statespan.ops.decode_step.project import ACTIVATIONS, FEW_ROWS, TYPES, Convolved, Gated, Normed, Product
+from statespan.ops.decode_step.project import FEW_ROWS, Convolved, Gated, Normed, Product, macros_of
 from statespan.ops.decode_step.weights import Projection
 from statespan.ops.gpu import multiprocessors, shared_memory
 
@@ -43,13 +43,9 @@ class Stream:
         add: bool = False,  # to the residual stream
         outputs: int | None = None,  # only the first of them
     ) -> None:
-        weight, bias = projection.weight, projection.bias
+        weight = projection.weight
         total, inputs = weight.shape
         self.projection, self.before, self.after, self.outputs = projection, before, after, outputs or total
-        pairs = after in ("swiglu", "geglu")
-        conv = after if isinstance(after, Convolved) else None
-        norm = None if before is None else before.weight
-        plain = conv.weight if norm is None and conv else norm
         tiles, chunks, blocks = -(-self.outputs // 16), -(-inputs // 32), multiprocessors(weight.device)
 
         def cost(split: int) -> int:
@@ -59,18 +55,8 @@ class Stream:
         split = min((4, 8, 16), key=cost)
         steps = -(-chunks // split)
         ahead = max(count for count in range(1, MOST_AHEAD + 1) if steps % count == 0)
-        macros: dict[str, str | int] = {
-            **{"W": TYPES[weight.dtype], "H": TYPES[hidden_dtype]},
-            **{"P": "float" if plain is None else TYPES[plain.dtype]},
-            **{"Q": "float" if bias is None else TYPES[bias.dtype], "S": TYPES[conv.state_dtype] if conv else "float"},
-            **{"INPUTS": inputs, "BATCH": rows, "INPUT": 1 if isinstance(before, Normed) else 2 if before else 0},
-            **{"GROUP": inputs if isinstance(before, Gated) and norm is not None else 0},
-            **{"OUTPUT": 1 if conv else 2 if add else 3 if pairs else 4 if after else 0},
-            **{"TAPS": conv.weight.shape[1] if conv else 1, "ACTIVATION": ACTIVATIONS.get(str(after), 0)},
-            **{"EPSILON": f"{before.epsilon if before else 0.0:.9e}f"},
-            **{"NORM_FIRST": int(isinstance(before, Gated) and before.norm_first)},
-            **{"WARPS": WARPS, "SPLIT": split, "AHEAD": ahead},
-        }
+        macros = macros_of(projection, rows, hidden_dtype, before, after, add)
+        macros |= {"WARPS": WARPS, "SPLIT": split, "AHEAD": ahead}
         pitch = 64 * chunks + (0 if chunks % 2 else 64)
         grid = (min(blocks, -(-tiles * split // WARPS)), 1)
         self._launch = Launch("stream", weight.device, grid, 32 * WARPS, macros, 2 * rows * pitch + SUMS_BYTES)

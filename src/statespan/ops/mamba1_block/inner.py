@@ -1,7 +1,6 @@
 """What a Mamba-1 mixer does between its outer projections, values and gradients, by the kernels of the ops of it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +10,8 @@ from statespan.ops.causal_conv1d import backends as conv_backends
 from statespan.ops.mixer_block import Middle, of_weight
 from statespan.ops.rms_norm.backends import backward as norm_backward
 from statespan.ops.rms_norm.backends import forward as norm_forward
-from statespan.ops.selective_scan import _backward as scan_backward
-from statespan.ops.selective_scan import _fake_forward as fake_scan
-from statespan.ops.selective_scan import _forward as scan_forward
+from statespan.ops.selective_scan import backends as scan_backends
+from statespan.ops.selective_scan.inputs import Inputs, Options
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,11 @@ class Inner:
         assert weight is not None  # there are three of them, or none
         return norm_forward(part, weight, self.epsilon, self.xz.dtype, "auto")
 
-    def scan(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[Any]:
-        """The scan's arguments up to the discretization; dt after dt_proj."""
+    def scan(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Inputs, Options]:
+        """The scan's arguments; dt after dt_proj."""
         z = self.xz[..., self.A_log.shape[0] :]
-        tensors = (u, dt, A, B.unsqueeze(2), C.unsqueeze(2), self.D, z, self.dt_bias)
-        return [*tensors, self.initial_state, self.segments, True, self.discretization]
+        tensors = (u, dt, A, B.unsqueeze(2), C.unsqueeze(2), self.D, z, self.dt_bias, self.initial_state, self.segments)
+        return Inputs(*tensors), Options(True, self.discretization)
 
 
 def forward(inner: Inner, keep: int) -> tuple[Tensor, ...]:
@@ -77,8 +75,8 @@ def forward(inner: Inner, keep: int) -> tuple[Tensor, ...]:
     selected = F.linear(u, inner.x_low)
     dt, B, C = inner.normed(selected)
     A = inner.A_log.exp().neg_()
-    scan_arguments: list[Any] = [*inner.scan(u, F.linear(dt, inner.dt_low), A, B, C), keep > 0, "auto"]
-    y, final_state, starts = scan_forward(*scan_arguments)
+    scan = inner.scan(u, F.linear(dt, inner.dt_low), A, B, C)
+    y, final_state, starts = scan_backends.forward(*scan, keep > 0, "auto")
     kept = (selected, A) if keep else (y.new_empty(0), A.new_empty(0))
     return y, final_conv, final_state, u if keep == 3 else u.new_empty(0), *kept, starts
 
@@ -87,9 +85,8 @@ def fake(inner: Inner, keep: int) -> tuple[Tensor, ...]:
     """What `forward` returns, empty."""
     xz, (channels, states) = inner.xz, inner.A_log.shape
     u, B = xz.new_empty(*xz.shape[:2], channels), xz.new_empty(*xz.shape[:2], 1, states)
-    y, final_state, starts = fake_scan(
-        u, u, inner.A_log, B, B, None, u, None, None, None, True, "mamba", keep > 0, "auto"
-    )
+    scan = Inputs(u, u, inner.A_log, B, B, None, u, None, None)
+    y, final_state, starts = scan_backends.fake_forward(scan, keep > 0, "auto")
     final_conv = xz.new_empty(xz.shape[0], inner.conv_weight.shape[1] - 1, channels)
     selected = xz.new_empty((*xz.shape[:2], inner.x_proj.shape[0]) if keep else 0)
     A = inner.A_log.new_empty(inner.A_log.shape if keep else 0)
@@ -110,7 +107,6 @@ def backward(
     u = u if u.numel() else inner.conv()[0]
     dt, B, C = inner.normed(selected)
     scan = inner.scan(u, F.linear(dt, inner.dt_low), A, B, C)
-    arguments: list[Any] = [grad_y, grad_state, starts, *scan, "auto"]
     grad_xz = torch.empty_like(inner.xz, memory_format=torch.contiguous_format)
     (x, _), (grad_x, grad_z) = inner.xz.chunk(2, dim=-1), grad_xz.chunk(2, dim=-1)
     y = torch.empty_like(u)
@@ -118,7 +114,9 @@ def backward(
     of_dt, *of_matrices = inner.split(grad_selected)
     into_B, into_C = (matrix.unsqueeze(2) for matrix in of_matrices)
     into = (into_B, into_C) if inner.dt_norm is None else None  # behind norms B and C lie elsewhere
-    found = scan_backward(*arguments, into_z=grad_z, into_y=y, into_matrices=into, of_log=True)
+    found = scan_backends.backward(
+        grad_y, grad_state, starts, *scan, "auto", into_z=grad_z, into_y=y, into_matrices=into, of_log=True
+    )
     grad_u, grad_dt, grad_A_log, grad_B, grad_C, grad_D, _, grad_bias, *grad_initial = found
     grad_norms: tuple[Tensor | None, ...] = (None, None, None)
     if into is None:

@@ -1,7 +1,6 @@
 """What a Mamba-2 mixer does between its projections, values and gradients, by the kernels of the ops of it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,8 @@ from statespan.ops.custom_op import gradients
 from statespan.ops.mixer_block import Middle
 from statespan.ops.rms_norm.backends import gated_forward as norm_forward
 from statespan.ops.rms_norm.in_block import gated_backward as norm_backward
-from statespan.ops.ssd import _backward as ssd_backward
-from statespan.ops.ssd import _fake_forward as fake_ssd
-from statespan.ops.ssd import _forward as ssd_forward
+from statespan.ops.ssd import backends as ssd_backends
+from statespan.ops.ssd.inputs import Inputs, Options
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,11 @@ class Inner:
         groups = (self.num_groups, half // self.num_groups)
         return x.unflatten(-1, (heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
-    def ssd(self, mixed: Tensor, dt: Tensor) -> tuple[Any, ...]:
+    def ssd(self, mixed: Tensor, dt: Tensor) -> tuple[Inputs, Options]:
         """The arguments of ssd, given the conv's output."""
         x, B, C = self.parts(mixed)
-        tensors = (x, dt, self.A_log.exp().neg_(), B, C, self.D, self.dt_bias, self.initial_state)
-        return *tensors, self.segments, True, self.dt_min, self.dt_max, self.chunk_size, self.discretization, "auto"
+        tensors = (x, dt, self.A_log.exp().neg_(), B, C, self.D, self.dt_bias, self.initial_state, self.segments)
+        return Inputs(*tensors), Options(True, (self.dt_min, self.dt_max), self.chunk_size, self.discretization)
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         """norm(y silu(z)), or without a norm y silu(z)."""
@@ -94,7 +92,7 @@ def forward(inner: Inner, keep: int) -> tuple[Tensor, ...]:
     """The gated output, the final states, and what is kept: the conv's output and ssd's."""
     z, xBC, dt = inner.split()
     mixed, final_conv = inner.conv(xBC)
-    y, final_state = ssd_forward(*inner.ssd(mixed, dt))
+    y, final_state = ssd_backends.forward(*inner.ssd(mixed, dt), "auto")
     y = y.flatten(-2)
     kept = (mixed if keep == 3 else mixed.new_empty(0), y if keep else y.new_empty(0))
     return inner.gate(y, z), final_conv, final_state, *kept
@@ -103,7 +101,7 @@ def forward(inner: Inner, keep: int) -> tuple[Tensor, ...]:
 def fake(inner: Inner, keep: int) -> tuple[Tensor, ...]:
     """What `forward` returns, empty."""
     z, xBC, dt = inner.split()
-    _, final_state = fake_ssd(*inner.ssd(xBC, dt))
+    _, final_state = ssd_backends.fake_forward(inner.ssd(xBC, dt)[0], "auto")
     final_conv = z.new_empty(z.shape[0], inner.conv_weight.shape[1] - 1, xBC.shape[-1])
     kept = (xBC.new_empty(xBC.shape if keep == 3 else (0,)), z.new_empty(z.shape if keep else (0,)))
     return z.new_empty(z.shape), final_conv, final_state, *kept
@@ -123,15 +121,14 @@ def backward(
     of_z, of_xBC, of_dt = grad_zxBCdt.split(list(inner.sizes), dim=-1)
     mixed = mixed if mixed.numel() else inner.conv(xBC)[0]
     gated, grad_y, grad_norm = inner.gate_gradients(grad_gated, y, z, of_z)
-    arguments = inner.ssd(mixed, dt)
+    ssd, options = inner.ssd(mixed, dt)
+    of_heads = ssd.x.shape[2:]
     if grad_state is None:
-        wide = torch.promote_types(y.dtype, torch.float32)
-        x, B = arguments[0], arguments[3]
-        grad_state = y.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=wide)
+        grad_state = y.new_zeros(y.shape[0], *of_heads, ssd.B.shape[3], dtype=ssd.sum_dtype)
     grad_mixed = torch.empty_like(mixed)
     of_x, of_B, of_C = inner.parts(grad_mixed)
     into = (of_x, of_dt, of_B, of_C)
-    found = ssd_backward(grad_y.unflatten(-1, arguments[0].shape[2:]), grad_state, *arguments, into=into)
+    found = ssd_backends.backward(grad_y.unflatten(-1, of_heads), grad_state, ssd, options, "auto", into=into)
     _, _, grad_A, _, _, grad_D, grad_bias, *grad_initial = found
     conv_inputs = (xBC, inner.conv_weight, inner.conv_bias, inner.initial_conv, inner.segments)
     of_conv = conv_backends.backward(grad_mixed, grad_conv, *conv_inputs, True, "auto", of_xBC)
@@ -141,7 +138,7 @@ def backward(
         grad_conv_weight,
         None if inner.conv_bias is None else grad_conv_bias,
         grad_bias,
-        grad_A.mul_(arguments[2]),
+        grad_A.mul_(ssd.A),
         grad_D,
         grad_norm,
         None if inner.initial_conv is None else grad_initial_conv,

@@ -14,39 +14,39 @@ from statespan.ops.numba_kernels.vector import (
     I64,
     VECTOR,
     WIDTH,
-    _load,
-    _load_first,
-    _narrow,
-    _pointer,
-    _widen,
+    load_bits,
+    load_first_bits,
+    narrowed,
+    pointer_to,
     splat,
     typed,
+    widened,
 )
 
 
 @typed(types.void, types.int64, types.int64, types.int64)
 def store_int64(builder: Any, address: Any, index: Any, value: Any) -> None:
     """Write one int64 value."""
-    builder.store(value, _pointer(builder, address, index, I64))
+    builder.store(value, pointer_to(builder, address, index, I64))
 
 
 @typed(types.void, types.int64, types.int64, types.float32)
 def store_scalar_bf16(builder: Any, address: Any, index: Any, value: Any) -> None:
     """Write one float32 value as bfloat16. (LLVM 22 makes 32 bits of `store_first_bf16` with a constant count of 1.)"""
-    halves = _narrow(builder, splat(builder, value))
-    builder.store(builder.extract_element(halves, I32(0)), _pointer(builder, address, index, I16))
+    halves = narrowed(builder, splat(builder, value))
+    builder.store(builder.extract_element(halves, I32(0)), pointer_to(builder, address, index, I16))
 
 
 @typed(VECTOR, types.int64, types.int64)
 def load_int8_as_float(builder: Any, address: Any, index: Any) -> Any:
     """WIDTH int8 values from element `index` on, as float32."""
-    return builder.sitofp(_load(builder, address, index, I8), FLOATS)
+    return builder.sitofp(load_bits(builder, address, index, I8), FLOATS)
 
 
 @typed(VECTOR, types.int64, types.int64, types.int64)
 def load_first_int8_as_float(builder: Any, address: Any, index: Any, count: Any) -> Any:
     """The first `count` int8 values as float32, zeros in the other lanes; touches no memory behind them."""
-    return builder.sitofp(_load_first(builder, address, index, count, I8), FLOATS)
+    return builder.sitofp(load_first_bits(builder, address, index, count, I8), FLOATS)
 
 
 def _strided(builder: Any, address: Any, index: Any, stride: Any, count: Any, element: Any) -> Any:
@@ -56,7 +56,7 @@ def _strided(builder: Any, address: Any, index: Any, stride: Any, count: Any, el
     for lane in range(WIDTH):
         step = builder.select(builder.icmp_signed("<", last, I64(lane)), last, I64(lane))
         at = builder.add(index, builder.mul(step, stride))
-        values = builder.insert_element(values, builder.load(_pointer(builder, address, at, element)), I32(lane))
+        values = builder.insert_element(values, builder.load(pointer_to(builder, address, at, element)), I32(lane))
     return values
 
 
@@ -69,7 +69,7 @@ def load_strided(builder: Any, address: Any, index: Any, stride: Any, count: Any
 @typed(VECTOR, types.int64, types.int64, types.int64, types.int64)
 def load_strided_bf16(builder: Any, address: Any, index: Any, stride: Any, count: Any) -> Any:
     """`load_strided` of bfloat16 values."""
-    return _widen(builder, _strided(builder, address, index, stride, count, I16))
+    return widened(builder, _strided(builder, address, index, stride, count, I16))
 
 
 @typed(types.float32, VECTOR, types.int64)

@@ -98,19 +98,20 @@ def call_llvm(builder: Any, name: str, result: Any, *args: Any, **options: Any) 
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args, **options)
 
 
-def _pointer(builder: Any, address: Any, index: Any, element: Any, count: int = 1) -> Any:
+def pointer_to(builder: Any, address: Any, index: Any, element: Any, count: int = 1) -> Any:
     """The pointer to `count` elements that begin at `index` of the array at int64 `address`."""
     first = builder.gep(builder.inttoptr(address, element.as_pointer()), [index])
     return first if count == 1 else builder.bitcast(first, ir.VectorType(element, count).as_pointer())
 
 
-def _load(builder: Any, address: Any, index: Any, element: Any) -> Any:
-    return builder.load(_pointer(builder, address, index, element, WIDTH), align=element.width // 8)
+def load_bits(builder: Any, address: Any, index: Any, element: Any) -> Any:
+    """WIDTH integers of the type `element` from element `index` on."""
+    return builder.load(pointer_to(builder, address, index, element, WIDTH), align=element.width // 8)
 
 
 def _store(builder: Any, address: Any, index: Any, value: Any) -> None:
     element = value.type.element
-    builder.store(value, _pointer(builder, address, index, element, WIDTH), align=element.width // 8)
+    builder.store(value, pointer_to(builder, address, index, element, WIDTH), align=element.width // 8)
 
 
 def _mask(builder: Any, count: Any) -> Any:
@@ -118,8 +119,9 @@ def _mask(builder: Any, count: Any) -> Any:
     return builder.icmp_signed("<", ir.Constant(BITS, list(range(WIDTH))), splat(builder, builder.trunc(count, I32)))
 
 
-def _load_first(builder: Any, address: Any, index: Any, count: Any, element: Any) -> Any:
-    pointer = _pointer(builder, address, index, element, WIDTH)
+def load_first_bits(builder: Any, address: Any, index: Any, count: Any, element: Any) -> Any:
+    """The first `count` of them, zeros in the other lanes."""
+    pointer = pointer_to(builder, address, index, element, WIDTH)
     name, kind = f"llvm.masked.load.v{WIDTH}i{element.width}.p0", ir.VectorType(element, WIDTH)
     alignment = I32(element.width // 8)
     return call_llvm(builder, name, kind, pointer, alignment, _mask(builder, count), ir.Constant(kind, None))
@@ -127,12 +129,12 @@ def _load_first(builder: Any, address: Any, index: Any, count: Any, element: Any
 
 def _store_first(builder: Any, address: Any, index: Any, count: Any, value: Any) -> None:
     element = value.type.element
-    pointer = _pointer(builder, address, index, element, WIDTH)
+    pointer = pointer_to(builder, address, index, element, WIDTH)
     name, alignment = f"llvm.masked.store.v{WIDTH}i{element.width}.p0", I32(element.width // 8)
     call_llvm(builder, name, ir.VoidType(), value, pointer, alignment, _mask(builder, count))
 
 
-def _widen(builder: Any, halves: Any) -> Any:
+def widened(builder: Any, halves: Any) -> Any:
     """bfloat16 to float32: they are the upper half of the bits."""
     many = isinstance(halves.type, ir.VectorType)
     wide = builder.zext(halves, BITS if many else I32)
@@ -152,7 +154,7 @@ class _BFloat(ir.types.Type):
         return hash(_BFloat)
 
 
-def _narrow(builder: Any, value: Any) -> Any:
+def narrowed(builder: Any, value: Any) -> Any:
     """float32 to bfloat16, to nearest and ties to even; NaN stays NaN. The processor's own takes denormals for 0."""
     if has_bf16_rounding():
         name = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * WIDTH}"
@@ -172,13 +174,13 @@ def _narrow(builder: Any, value: Any) -> Any:
 @typed(VECTOR, types.int64, types.int64)
 def load(builder: Any, address: Any, index: Any) -> Any:
     """WIDTH float32 values from element `index` on."""
-    return builder.bitcast(_load(builder, address, index, I32), FLOATS)
+    return builder.bitcast(load_bits(builder, address, index, I32), FLOATS)
 
 
 @typed(VECTOR, types.int64, types.int64)
 def load_bf16(builder: Any, address: Any, index: Any) -> Any:
     """WIDTH bfloat16 values from element `index` on."""
-    return _widen(builder, _load(builder, address, index, I16))
+    return widened(builder, load_bits(builder, address, index, I16))
 
 
 @typed(types.void, types.int64, types.int64, VECTOR)
@@ -190,19 +192,19 @@ def store(builder: Any, address: Any, index: Any, value: Any) -> None:
 @typed(types.void, types.int64, types.int64, VECTOR)
 def store_bf16(builder: Any, address: Any, index: Any, value: Any) -> None:
     """Write WIDTH bfloat16 values from element `index` on, rounded to nearest even."""
-    _store(builder, address, index, _narrow(builder, value))
+    _store(builder, address, index, narrowed(builder, value))
 
 
 @typed(VECTOR, types.int64, types.int64, types.int64)
 def load_first(builder: Any, address: Any, index: Any, count: Any) -> Any:
     """The first `count` lanes from float32 memory, zeros in the others; touches no memory behind them."""
-    return builder.bitcast(_load_first(builder, address, index, count, I32), FLOATS)
+    return builder.bitcast(load_first_bits(builder, address, index, count, I32), FLOATS)
 
 
 @typed(VECTOR, types.int64, types.int64, types.int64)
 def load_first_bf16(builder: Any, address: Any, index: Any, count: Any) -> Any:
     """The first `count` lanes from bfloat16 memory, zeros in the others; touches no memory behind them."""
-    return _widen(builder, _load_first(builder, address, index, count, I16))
+    return widened(builder, load_first_bits(builder, address, index, count, I16))
 
 
 @typed(types.void, types.int64, types.int64, VECTOR, types.int64)
@@ -214,7 +216,7 @@ def store_first(builder: Any, address: Any, index: Any, value: Any, count: Any) 
 @typed(types.void, types.int64, types.int64, VECTOR, types.int64)
 def store_first_bf16(builder: Any, address: Any, index: Any, value: Any, count: Any) -> None:
     """Write only the first `count` lanes as bfloat16."""
-    _store_first(builder, address, index, count, _narrow(builder, value))
+    _store_first(builder, address, index, count, narrowed(builder, value))
 
 
 @jit
@@ -246,31 +248,31 @@ def store_any(address, index, value, count, bf16):  # type: ignore[no-untyped-de
 @typed(types.float32, types.int64, types.int64)
 def load_scalar(builder: Any, address: Any, index: Any) -> Any:
     """One float32 value."""
-    return builder.load(_pointer(builder, address, index, F32))
+    return builder.load(pointer_to(builder, address, index, F32))
 
 
 @typed(types.float32, types.int64, types.int64)
 def load_scalar_bf16(builder: Any, address: Any, index: Any) -> Any:
     """One bfloat16 value as float32."""
-    return _widen(builder, builder.load(_pointer(builder, address, index, I16)))
+    return widened(builder, builder.load(pointer_to(builder, address, index, I16)))
 
 
 @typed(types.void, types.int64, types.int64, types.float32)
 def store_scalar(builder: Any, address: Any, index: Any, value: Any) -> None:
     """Write one float32 value."""
-    builder.store(value, _pointer(builder, address, index, F32))
+    builder.store(value, pointer_to(builder, address, index, F32))
 
 
 @typed(types.int64, types.int64, types.int64)
 def load_int8(builder: Any, address: Any, index: Any) -> Any:
     """One int8 value."""
-    return builder.sext(builder.load(_pointer(builder, address, index, I8)), I64)
+    return builder.sext(builder.load(pointer_to(builder, address, index, I8)), I64)
 
 
 @typed(types.int64, types.int64, types.int64)
 def load_int64(builder: Any, address: Any, index: Any) -> Any:
     """One int64 value."""
-    return builder.load(_pointer(builder, address, index, I64))
+    return builder.load(pointer_to(builder, address, index, I64))
 
 
 @typed(types.void, types.int64)
@@ -391,7 +393,7 @@ def horizontal_max(builder: Any, x: Any) -> Any:
 @typed(VECTOR, types.int64)
 def sums_of_vectors(builder: Any, address: Any) -> Any:
     """Lane i is the sum over vector i of the WIDTH vectors at `address`: a transpose and a sum in one."""
-    vectors = [builder.bitcast(_load(builder, address, I64(i * WIDTH), I32), FLOATS) for i in range(WIDTH)]
+    vectors = [builder.bitcast(load_bits(builder, address, I64(i * WIDTH), I32), FLOATS) for i in range(WIDTH)]
     half = 1
     while half < WIDTH:
         # Lanes are in runs of `half`. A pair (x, y) becomes x's even runs + x's odd runs, beside the same of y.

@@ -1,8 +1,8 @@
 """The selective scan of Mamba-1."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from statespan.ops.arguments import (
@@ -15,15 +15,11 @@ from statespan.ops.arguments import (
     check_steps,
     needs_gradients,
 )
-from statespan.ops.custom_op import define, gradients
-from statespan.ops.dispatch import resolve
-from statespan.ops.gpu import GRID_ROWS
-from statespan.ops.selective_scan import reference
+from statespan.ops.custom_op import define
+from statespan.ops.selective_scan import backends
 from statespan.ops.selective_scan.inputs import Inputs, Options
 
 __all__ = ["selective_scan"]
-
-MAX_CUDA_STATES = 128  # of a channel
 
 
 def selective_scan(
@@ -78,6 +74,7 @@ def selective_scan(
         nothing of size [b t d n].
 
     Example:
+        >>> import torch
         >>> u, dt, A = torch.randn(1, 5, 8), torch.randn(1, 5, 8), -torch.rand(8, 4)
         >>> B, C = torch.randn(1, 5, 1, 4), torch.randn(1, 5, 1, 4)
         >>> y, state = selective_scan(u, dt, A, B, C, return_final_state=True)
@@ -111,102 +108,25 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, Options, str]:
-    """The op's arguments, but for keep_starts, as tensors, options and the name of the backend to run."""
-    *tensors, dt_softplus, discretization, backend = arguments
-    inputs, too_large = Inputs(*tensors), ()
-    rows, states = inputs.u.shape[0], inputs.B.shape[3]
-    if states == 0:
-        too_large = tuple((kernels, "its kernels want one state a channel at least") for kernels in ("cuda", "triton"))
-    elif states > MAX_CUDA_STATES:
-        too_large = (("cuda", f"its kernels hold up to {MAX_CUDA_STATES} states a channel, and B has {states}"),)
-    elif rows > GRID_ROWS:
-        too_large = (("cuda", f"its kernels take up to {GRID_ROWS} rows, and u has {rows}"),)
-    types = (x.dtype for x in (inputs.u, inputs.dt, inputs.B, inputs.C, inputs.z) if x is not None)
-    name = resolve("selective_scan", backend, inputs.u.device, *types, too_large=too_large)
-    return inputs, Options(dt_softplus, discretization), name
-
-
-def _module(name: str) -> Any:
-    """The compiled backend of that name, or None; loaded when it runs."""
-    if name == "cpu":
-        from statespan.ops.selective_scan import cpu
-
-        return cpu
-    if name == "cuda":
-        from statespan.ops.selective_scan import cuda_backend
-
-        return cuda_backend
-    if name == "triton":
-        from statespan.ops.selective_scan import triton_backend
-
-        return triton_backend
-    return None
+def _named(arguments: Sequence[Any]) -> tuple[Inputs, Options]:
+    """The tensors, and the options that follow them."""
+    *tensors, dt_softplus, discretization = arguments
+    return Inputs(*tensors), Options(dt_softplus, discretization)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, keep_starts, backend = arguments
-    inputs, options, name = _split((*given, backend))
-    compiled = _module(name)
-    if compiled is not None:
-        return compiled.selective_scan(inputs, options, keep_starts)
-    return (*reference.selective_scan(inputs, options), inputs.u.new_empty(0))
-
-
-def _backward(
-    grad_y: Tensor | None,
-    grad_final: Tensor | None,
-    starts: Tensor,
-    *arguments: Any,
-    into_z: Tensor | None = None,
-    into_y: Tensor | None = None,
-    into_matrices: tuple[Tensor, Tensor] | None = None,
-    of_log: bool = False,
-) -> list[Tensor]:
-    """The gradients of the inputs that are there, in their order; that of z is in `into_z`, where it is given.
-
-    `into_y` [b t d] gets the scan's output once more, so that nobody needs to keep it; `into_matrices` the gradients of
-    B and C, beside each other in rows of one tensor as B and C are. With `of_log` that of A is that of log(-A).
-    """
-    inputs, options, name = _split(arguments)
-    u, compiled = inputs.u, _module(name)
-    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-    if name == "cuda":
-        into = (into_z, into_y, into_matrices, of_log)
-        found = compiled.gradients(grad_y, grad_final, starts, inputs, options, *into)
-    elif compiled is not None:
-        found = compiled.gradients(grad_y, grad_final, starts, inputs, options)
-    else:
-        if grad_final is None:
-            dtype = torch.promote_types(u.dtype, torch.float32)
-            grad_final = u.new_zeros(u.shape[0], *inputs.A.shape, dtype=dtype)
-        found = gradients(
-            lambda *tensors: reference.selective_scan(Inputs(*tensors, segments=inputs.segments), options),
-            inputs.differentiable,
-            (grad_y, grad_final),
-        )
-    if into_y is not None and (name != "cuda" or inputs.z is None):
-        into_y.copy_(_forward(*arguments[:-1], False, arguments[-1])[0])
-    found = list(found)
-    if of_log and name != "cuda" and found[2] is not None:
-        found[2] = found[2] * inputs.A
-    for number, place in zip((6, 3, 4), (into_z, *(into_matrices or (None, None))), strict=True):
-        gradient = found[number]
-        if place is not None and gradient is not None and gradient is not place:
-            found[number] = place.copy_(gradient)
-    pairs = zip(inputs.differentiable, found, strict=True)
-    return [gradient.to(value.dtype) for value, gradient in pairs if value is not None and gradient is not None]
+    return backends.forward(*_named(given), keep_starts, backend)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, keep_starts, backend = arguments
-    inputs, _, name = _split((*given, backend))
-    u, A, compiled = inputs.u, inputs.A, _module(name)
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    y, final_state = u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=dtype)
-    if compiled is None:
-        return y, final_state, u.new_empty(0)
-    return y, final_state, u.new_empty(compiled.starts_shape(u, A, keep_starts), dtype=torch.float32)
+    return backends.fake_forward(_named(given)[0], keep_starts, backend)
+
+
+def _backward(grad_y: Tensor | None, grad_final: Tensor | None, starts: Tensor, *arguments: Any) -> list[Tensor]:
+    *given, backend = arguments
+    return backends.backward(grad_y, grad_final, starts, *_named(given), backend)
 
 
 def _fake_backward(grad_y: Any, grad_final: Any, starts: Tensor, *inputs: Any) -> list[Tensor]:

@@ -1,20 +1,17 @@
 """Mamba-2's state-space dual form, for whole sequences; `statespan.ops.ssd_state_update` is its one-token step."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.ops.arguments import DISCRETIZATIONS, check_devices, check_dim, check_groups, check_name, check_shape
-from statespan.ops.custom_op import define, gradients
-from statespan.ops.dispatch import resolve
-from statespan.ops.ssd import chunked, reference
+from statespan.ops.custom_op import define
+from statespan.ops.ssd import backends
 from statespan.ops.ssd.inputs import Inputs, Options
 
 __all__ = ["ssd"]
-
-MAX_TRITON_STATES = 256
 
 
 def ssd(
@@ -67,6 +64,7 @@ def ssd(
     inputs stay float64).
 
     Example:
+        >>> import torch
         >>> x, dt, B = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2), torch.randn(1, 5, 1, 4)
         >>> y, state = ssd(x, dt, -torch.ones(2), B, B, return_final_state=True)
         >>> y.shape, state.shape
@@ -101,72 +99,29 @@ def ssd(
     return (y, final_state) if return_final_state else y
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, Options, str]:
-    """The op's arguments as tensors, options and the name of the backend to run."""
-    *tensors, dt_softplus, dt_min, dt_max, chunk_size, discretization, backend = arguments
-    x = tensors[0]
-    if x.device.type == "cpu":
-        chunk_size = min(chunk_size, chunked.CPU_CHUNK)
-    inputs = Inputs(*tensors)
-    too_large = ()
-    if inputs.B.shape[3] > MAX_TRITON_STATES:
-        too_large = (("triton", f"its kernels hold up to {MAX_TRITON_STATES} states, and B has {inputs.B.shape[3]}"),)
-    name = resolve("ssd", backend, x.device, x.dtype, inputs.dt.dtype, too_large=too_large)
-    return inputs, Options(dt_softplus, (dt_min, dt_max), chunk_size, discretization), name
-
-
-def _chunked(name: str) -> Any:
-    """The backend of that name that works on chunks; loaded when it runs."""
-    if name == "triton":
-        from statespan.ops.ssd import triton_backend
-
-        return triton_backend
-    return chunked
+def _named(arguments: Sequence[Any]) -> tuple[Inputs, Options]:
+    """The tensors, and the options that follow them."""
+    *tensors, dt_softplus, dt_min, dt_max, chunk_size, discretization = arguments
+    return Inputs(*tensors), Options(dt_softplus, (dt_min, dt_max), chunk_size, discretization)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, options, backend = _split(arguments)
-    with torch.autocast(inputs.x.device.type, enabled=False):
-        return (reference.ssd if backend == "reference" else _chunked(backend).forward)(inputs, options)
-
-
-def _backward(
-    grad_y: Tensor,
-    grad_final_state: Tensor,
-    *arguments: Any,
-    into: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> list[Tensor]:
-    """The gradients of the inputs that are there, in their order; those of x, dt, B and C in `into`, if it is given."""
-    inputs, options, backend = _split(arguments)
-    with torch.autocast(inputs.x.device.type, enabled=False):
-        if backend == "reference":
-            found = gradients(
-                lambda *tensors: reference.ssd(Inputs(*tensors, segments=inputs.segments), options),
-                inputs.differentiable,
-                (grad_y, grad_final_state),
-            )
-        elif backend == "triton":
-            found = _chunked(backend).backward(grad_y, grad_final_state, inputs, options, into)
-        else:
-            found = _chunked(backend).backward(grad_y, grad_final_state, inputs, options)
-    if into is not None:
-        for place, gradient in zip(into, (found[0], found[1], found[3], found[4]), strict=True):
-            if gradient is not None and gradient is not place:
-                place.copy_(gradient)
-    return [gradient for gradient in found if gradient is not None]
+    *given, backend = arguments
+    return backends.forward(*_named(given), backend)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, _, _ = _split(arguments)
-    batch, _, heads, head_dim = inputs.x.shape
-    dtype = torch.promote_types(inputs.x.dtype, torch.float32)
-    state = inputs.x.new_empty((batch, heads, head_dim, inputs.B.shape[3]), dtype=dtype)
-    return inputs.x.new_empty(inputs.x.shape), state
+    *given, backend = arguments
+    return backends.fake_forward(_named(given)[0], backend)
 
 
-def _fake_backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> list[Tensor]:
-    inputs, _, _ = _split(arguments)
-    return [value.new_empty(value.shape) for value in inputs.differentiable if value is not None]
+def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> list[Tensor]:
+    *given, backend = arguments
+    return backends.backward(grad_y, grad_final_state, *_named(given), backend)
+
+
+def _fake_backward(grad_y: Tensor, grad_final_state: Tensor, *inputs: Any) -> list[Tensor]:
+    return [value.new_empty(value.shape) for value in inputs[:8] if value is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -18,7 +18,7 @@ from statespan.ops.custom_op import gradients
 from statespan.ops.ssd.decay import Chunk, steps
 from statespan.ops.ssd.inputs import Inputs, Options
 
-CPU_CHUNK = 64  # longer chunks make fewer states and more [q q] work
+CPU_CHUNK = 64  # tokens at the most, on the CPU: longer chunks make fewer states and more [q q] work
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,8 @@ class _Rows:
         else:
             self.state = inputs.initial_state.to(self.dtype).reshape(shape)
         every = steps(inputs.dt, inputs.A, inputs.dt_bias, inputs.segments, options, self.dtype)
-        stops = [*range(options.chunk_size, length, options.chunk_size), length]
+        size = min(options.chunk_size, CPU_CHUNK) if x.device.type == "cpu" else options.chunk_size
+        stops = [*range(size, length, size), length]
         self.chunks = [Chunk(every, self.groups, start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
     def cut(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
