@@ -115,6 +115,7 @@ def test_help_ends_in_an_example_that_names_the_command(name: str, capsys: pytes
         (["backends", "--device", "gpu"], "'gpu' is no device; write cpu, cuda, cuda:1 or mps"),
         (["lab", "--frobnicate"], "unknown option of statespan lab: '--frobnicate'; known: --dry-run, "),
         (["inspect", "folder/model"], "folder/model does not exist; give a preset's name or the folder of"),
+        (["inspect", "folder/model"], "hf download folder/model --local-dir model"),
         (["demo", "--device", "gpu"], "'gpu' is no device; write cpu, cuda, cuda:1 or mps"),
         (["demo", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["demo", "--prompt", ""], "the prompt is empty; give at least one letter with --prompt"),
@@ -392,7 +393,7 @@ def test_train_refuses_an_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> 
     [
         ("empty.txt", b"", "empty.txt: the file is empty"),
         ("latin.txt", b"caf\xe9 " * 99, "latin.txt: not UTF-8 at byte 3 (0xe9)"),
-        ("short.txt", b"too short", "held_out"),
+        ("short.txt", b"too short", "the training text has 8 tokens, less than one row"),
         ("rows.jsonl", b'{"text": "fine"}\n{"text": \n', "rows.jsonl: line 2 is not JSON"),
         ("rows.jsonl", b'{"body": "fine"}\n', "has no field 'text'"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from statespan.checkpoints import detect, load, save
 from statespan.checkpoints.weight_files import SafetensorsFiles, TorchFiles, open_weights
-from statespan.errors import CheckpointError
+from statespan.errors import CheckpointError, UserError
 from statespan.layers.config import MLPConfig, MoEConfig
 from statespan.models.config import ModelConfig
 from statespan.models.layer_pattern import LayerSpec
@@ -60,6 +60,27 @@ def fails(folder: Path, *words: str) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     fails(tmp_path / "nowhere", "does not exist", "give the folder of a checkpoint")
     fails(tmp_path, "config.json is missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("state-spaces/mamba-130m-hf", "hf download state-spaces/mamba-130m-hf --local-dir mamba-130m-hf"),
+        ("models/mamba", "give the folder of a checkpoint, downloaded before"),  # the folder `models` is there
+        ("../mamba", "give the folder of a checkpoint, downloaded before"),
+        ("runs/first/checkpoints", "give the folder of a checkpoint, downloaded before"),
+    ],
+)
+def test_a_name_of_hugging_face(name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    fails(Path(name), "does not exist", told)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 16])
+def test_a_dtype_that_is_none(dtype: Any, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"dtype must be .* such as torch\.bfloat16; got"):
+        load(folder, dtype=dtype)
 
 
 def test_a_file_instead_of_a_folder(folder: Path) -> None:

@@ -174,6 +174,7 @@ def test_residual_stream_is_float32_when_asked() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: m(torch.tensor([[3.0, 4.0]])), "input_ids must be int64 or int32, got torch.float32; use input_ids"),
         (lambda m: m(torch.tensor([[3, 61]])), "token id 61 is out of range; the vocabulary is 0 to 60"),
         (
             lambda m: m(torch.tensor([[3]], device="meta")),

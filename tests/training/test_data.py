@@ -112,18 +112,37 @@ def test_nothing_held_out(config: TrainingConfig):
     assert len(train) == 12
 
 
-def test_one_long_file_is_cut_to_hold_some_out(tmp_path: Path):
+def test_of_one_long_file_the_end_is_held_out(tmp_path: Path):
     path = tmp_path / "book.txt"
     path.write_text("".join(f"line {i:03d} of the book\n" for i in range(50)))
+    text = path.read_bytes()
     data = DataConfig(train=str(path), sequence_length=16)
-    with pytest.raises(DataError, match="no held-out documents: the text is 1 document") as told:
+    train, held_out = load_data(data, ByteTokenizer())
+    assert held_out is not None
+    assert train.document(0).tobytes() == text[:-52]  # a twentieth of 1,050
+    assert held_out.document(0).tobytes() == text[-52:]
+    train, held_out = load_data(replace(data, max_document_bytes=200, held_out_fraction=0.1), ByteTokenizer())
+    assert held_out is not None and (len(train), len(held_out), held_out.num_bytes) == (5, 1, 9 * 21)
+
+
+def test_the_end_of_one_long_file_keeps_its_bytes_a_token(tmp_path: Path):
+    path = tmp_path / "book.txt"
+    path.write_text("naïve words, 世界 and more of them\n" * 20)
+    data = DataConfig(train=str(path), sequence_length=8, held_out_fraction=0.3)
+    train, held_out = load_data(data, byte_level_tokenizer())
+    assert held_out is not None and (len(train), len(held_out)) == (1, 1)
+    assert held_out.num_tokens == round(0.3 * (train.num_tokens + held_out.num_tokens))
+    assert train.num_bytes + held_out.num_bytes == path.stat().st_size
+
+
+def test_too_few_documents_to_hold_some_out(config: TrainingConfig, folder: Path):
+    data = replace(config.data, train=(str(folder / "10.txt"), str(folder / "11.txt")), held_out_fraction=0.9)
+    with pytest.raises(DataError, match="no held-out documents: the text is 2 document") as told:
         load_data(data, ByteTokenizer())
     advised = re.search(r"data\.max_document_bytes=(\d+)", str(told.value))
     assert advised is not None
     train, held_out = load_data(replace(data, max_document_bytes=int(advised[1])), ByteTokenizer())
-    assert held_out is not None and len(train) > len(held_out) >= 1
-    train, held_out = load_data(replace(data, max_document_bytes=200, held_out_fraction=0.1), ByteTokenizer())
-    assert held_out is not None and (len(train), len(held_out), held_out.num_bytes) == (5, 1, 9 * 21)
+    assert held_out is not None and len(held_out) > len(train) >= 1
 
 
 def test_too_little_text(config: TrainingConfig):

@@ -19,7 +19,7 @@ from statespan.checkpoints.tokenizer import find_tokenizer
 from statespan.checkpoints.weight_files import open_weights
 from statespan.checkpoints.weight_map import Index
 from statespan.checkpoints.weight_names import Matched, match_files, pieces_to_write
-from statespan.errors import CheckpointError, UnknownName
+from statespan.errors import CheckpointError, UnknownName, UserError
 from statespan.layers.linear import int4_weight
 from statespan.layers.moe import quantize_stack
 from statespan.models.config import ModelConfig
@@ -70,11 +70,14 @@ def load(
     Raises:
         CheckpointError: one line that names the file, key or tensors: something is missing, empty, truncated,
             corrupted, left over, of another shape, or asks for a feature that is not supported.
+        UserError: dtype is no floating type of PyTorch's.
     Numerics: tensors are read, cast and placed one by one, so the peak is the model and one tensor.
 
     Example:
         >>> model = load("checkpoint", dtype=torch.bfloat16)  # doctest: +SKIP
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"dtype must be one of PyTorch's floating types, such as torch.bfloat16; got {dtype!r}")
     found = identify(Path(path))
     config = found.read_config()
     with torch.device("meta"):

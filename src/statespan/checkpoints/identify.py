@@ -49,7 +49,7 @@ def identify(path: Path) -> Identified:
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG} and the weights")
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give the folder of a checkpoint, downloaded before")
+        raise CheckpointError(f"{path} does not exist; give the folder of a checkpoint{download_hint(path)}")
     try:
         finish_interrupted(path)
     except OSError as error:
@@ -65,6 +65,13 @@ def identify(path: Path) -> Identified:
         )
     known = [family.name for family in FAMILIES if family.has_model_type]
     raise CheckpointError(f"{file}: {UnknownName('model_type', str(values['model_type']), known)}")
+
+
+def download_hint(path: Path) -> str:
+    """How to get a checkpoint that is called as models are on the Hugging Face Hub, OWNER/NAME."""
+    if path.is_absolute() or len(path.parts) != 2 or path.parent.exists() or ".." in path.parts:
+        return ", downloaded before"
+    return f"; if this is its name at Hugging Face: hf download {path.as_posix()} --local-dir {path.name}"
 
 
 def _with_generation_ids(config: ModelConfig, file: Path) -> ModelConfig:

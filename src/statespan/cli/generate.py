@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as stored)")
     parser.add_argument("--quantize", choices=("int8", "experts_int8", "int4"), help="the weights, while loading")
-    faster = parser.add_argument_group("speculative decoding: the same text, sooner where drafts are often right")
+    faster = parser.add_argument_group(
+        "speculative decoding: greedy text stays the same and samples as likely, sooner where drafts are often right"
+    )
     faster.add_argument("--lookup", action="store_true", help="draft what followed earlier in the text")
     faster.add_argument("--draft-model", metavar="MODEL", help="draft by a smaller model, or a subword one for bytes")
     faster.add_argument("--num-drafts", type=positive_int, metavar="N", help="tokens drafted a step (default: 6)")

@@ -118,14 +118,15 @@ def _look_inside(arguments: argparse.Namespace) -> None:
 
 
 def _config(name: str) -> "ModelConfig":
-    from statespan.checkpoints.identify import identify
+    from statespan.checkpoints.identify import download_hint, identify
     from statespan.models.presets import PRESETS, preset
 
     if name in PRESETS:
         return preset(name)
     if not Path(name).exists():
         if Path(name).name != name:
-            raise UserError(f"{name} does not exist; give a preset's name or the folder of a checkpoint")
+            hint = download_hint(Path(name))
+            raise UserError(f"{name} does not exist; give a preset's name or the folder of a checkpoint{hint}")
         raise UnknownName("preset or checkpoint", name, PRESETS)
     return identify(checkpoint_path(name)).read_config()
 

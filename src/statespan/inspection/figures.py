@@ -139,8 +139,10 @@ def _draw_memory(axes: "Axes", view: LayerView, texts: Sequence[str]) -> None:
     values = np.clip(_finite(view.memory), 1e-2, None)
     edges = np.geomspace(values.min() * 0.9, values.max() * 1.1, 40)
     counts, _, _ = axes.hist(values, bins=edges.tolist(), color="#1f6feb", label="states")
-    axes.set_ylim(0, 1.25 * float(np.max(counts)))  # room for the legend
-    axes.axvline(len(texts), color="#888888", linestyle="--", linewidth=1, label=f"this text: {counted(len(texts))}")
+    room = 1.25  # above the bars, for the legend
+    axes.set_ylim(0, room * float(np.max(counts)))
+    label = f"this text: {counted(len(texts))}"
+    axes.axvline(len(texts), ymax=1 / room, color="#888888", linestyle="--", linewidth=1, label=label)
     axes.set_xscale("log")
     axes.set_xlabel("tokens until 1/e is left")
     axes.set_ylabel("number of states")

@@ -25,11 +25,11 @@ VARIANTS = {
 }
 Exponents = tuple[float | None, float | None, float | None]  # of training, of a generated token, of its state
 PUBLISHED = {  # work of training, a generated token, its memory; L the length, t the tokens so far
-    "lstm": ("L, one after the other", "1", "1"),
-    "transformer": ("L^2", "t", "t"),
-    "s4d": ("L log L", "1", "1"),
-    "mamba": ("L", "1", "1"),
-    "mamba2": ("L", "1", "1"),
+    "lstm": ("O(L), one after the other", "O(1)", "O(1)"),
+    "transformer": ("O(L^2)", "O(t)", "O(t)"),
+    "s4d": ("O(L log L)", "O(1)", "O(1)"),
+    "mamba": ("O(L)", "O(1)", "O(1)"),
+    "mamba2": ("O(L)", "O(1)", "O(1)"),
 }
 
 
@@ -193,14 +193,14 @@ def _checks(exponents: Mapping[str, Exponents]) -> list[Check]:
         for variant in (variant for variant in exponents if variant != "transformer"):
             found = exponents[variant][index]
             held = None if found is None else found < limit
-            checks.append(Check(f"{variant}: {text}", held, _told(found), PUBLISHED[variant][index]))
+            checks.append(Check(f"{variant}: {text}", held, _told(found, "exponent "), PUBLISHED[variant][index]))
     training, _, cache = exponents.get("transformer", (None, None, None))
     tokens = None if cache is None else 0.9 < cache < 1.1
     faster = table.ordered(training, 1.1)
     return [
         *checks,
-        Check("transformer: the cache grows like the tokens (0.9 to 1.1)", tokens, _told(cache), "t"),
-        Check("transformer: training grows faster than the length", faster, _told(training), "L^2"),
+        Check("transformer: the cache grows like the tokens (0.9 to 1.1)", tokens, _told(cache, "exponent "), "O(t)"),
+        Check("transformer: training grows faster than the length", faster, _told(training, "exponent "), "O(L^2)"),
     ]
 
 
@@ -227,8 +227,8 @@ def _exponent(rows: Sequence[Row], x: str, y: str) -> float | None:
     return table.slope(curve.x[-3:], [value for value in curve.y[-3:] if value is not None])
 
 
-def _told(exponent: float | None) -> str:
-    return "" if exponent is None else f"{round(exponent, 2) + 0.0:.2f}"
+def _told(exponent: float | None, before: str = "") -> str:
+    return "" if exponent is None else f"{before}{round(exponent, 2) + 0.0:.2f}"
 
 
 H100 = CostsSetting(

@@ -260,6 +260,8 @@ class LanguageModel(nn.Module):
     ) -> None:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise UserError(f"input_ids must be [batch, time] with at least one token, got {list(input_ids.shape)}")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"input_ids must be int64 or int32, got {input_ids.dtype}; use input_ids.long()")
         beside = (("segments", segments), ("attention_mask", attention_mask), ("labels", labels))
         for name, value in beside:
             if value is not None and value.shape != input_ids.shape:

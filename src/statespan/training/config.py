@@ -25,7 +25,7 @@ class DataConfig:
 
     train: str | tuple[str, ...] = ()  # files and folders: text and source code, .jsonl, .parquet
     held_out: str | tuple[str, ...] = ()  # files and folders to evaluate on; empty: documents of `train` are held out
-    held_out_fraction: float = 0.05  # share of the documents of `train` held out, at least one; 0: none
+    held_out_fraction: float = 0.05  # share of the documents of `train`, or of a single one its end; 0: none
     exclude: tuple[str, ...] = ()  # patterns of paths inside the folders to leave out, such as "tests/*"
     text_field: str = "text"  # field of a jsonl or parquet row that holds the document
     max_document_bytes: int | None = None  # longer documents are cut at line ends into documents; None: never

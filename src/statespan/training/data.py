@@ -56,6 +56,14 @@ class Corpus:
         first, stop = int(self.starts[index]), length if stop is None else min(stop, length)
         return slice(first + start, first + stop)
 
+    def cut(self, index: int, place: int) -> tuple["Corpus", "Corpus"]:
+        """A document's tokens up to `place`, and those from there on, as a corpus each; the tokens are shared."""
+        start, length = self.starts[index], self.lengths[index]
+        return (
+            Corpus(self.tokens, self.token_bytes, np.array([start]), np.array([place])),
+            Corpus(self.tokens, self.token_bytes, np.array([start + place]), np.array([length - place])),
+        )
+
     def select(self, documents: Integers) -> "Corpus":
         """The chosen documents in the order given; the tokens are shared."""
         return Corpus(self.tokens, self.token_bytes, self.starts[documents], self.lengths[documents])
@@ -144,7 +152,8 @@ def _bytes_of_tokens(text: str, ends: Sequence[int]) -> Integers:
 def load_data(config: DataConfig, tokenizer: ByteTokenizer | FileTokenizer) -> tuple[Corpus, Corpus | None]:
     """The training and the held-out corpus that `config` describes; no held-out one where its fraction is 0.
 
-    Documents are held out whole, drawn with the seed; training documents equal to a held-out one are left out.
+    Documents are held out whole, drawn with the seed; of a single document, such as a book, its end is. Training
+    documents equal to a held-out one are left out.
 
     Raises DataError for text that cannot be read, nothing to hold out, or less text than one row.
     """
@@ -171,6 +180,8 @@ def load_data(config: DataConfig, tokenizer: ByteTokenizer | FileTokenizer) -> t
 
 
 def _split(corpus: Corpus, config: DataConfig) -> tuple[Corpus, Corpus]:
+    if len(corpus) == 1 and corpus.num_tokens > 1:
+        return corpus.cut(0, corpus.num_tokens - max(1, round(config.held_out_fraction * corpus.num_tokens)))
     count = max(1, round(config.held_out_fraction * len(corpus)))
     if len(corpus) <= count:
         piece = min(65536, max(1, corpus.num_bytes // 20))  # so that there are 20 pieces at least
