@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,27 @@ def test_things_go_with_the_model(tiny: Callable[[str], LanguageModel]) -> None:
     gc.collect()
     assert gone() is None
     idle.give_back(None, late)  # whose batch ended after the model
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1, "repetition_penalty": 1.1}, {"speculation": True}])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "jamba"])
+def test_weights_go_with_the_model_before_python_collects(
+    family: str, options: dict[str, Any], tiny: Callable[[str], LanguageModel]
+) -> None:
+    """Nothing that waits for it is in a circle with itself: their memory would stay until Python looks for such."""
+    if "speculation" in options:
+        options = {"temperature": 0, "speculation": Speculation(PromptLookup(), adaptive=False)}
+    model = tiny(family)
+    generate(model, [5, 6, 5, 6], max_new_tokens=1)  # what is compiled or looked up once
+    gone = weakref.ref(model.embedding.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        generate(model, [5, 6, 5, 6], max_new_tokens=5, **options)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_none_is_made_each_time(model: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -38,7 +39,14 @@ class Stepper:
         self._left = 0  # rows of numbers that are not used up
         self.generators: list[torch.Generator] = []
         self.logits = torch.empty(0)
-        self._run = self.decoder.captured(self._feed)
+        own_feed = WeakMethod(self._feed)  # in a circle with its graph a dropped stepper would keep the weights a while
+
+        def feed() -> Tensor:
+            method = own_feed()
+            assert method is not None  # who advances holds the stepper
+            return method()
+
+        self._run = self.decoder.captured(feed)
 
     def start(
         self,
