@@ -1,9 +1,15 @@
-"""What the figures of a report depend on: the computer, its cores and the versions."""
+"""The computer at hand: what the figures of a report depend on, and whether it has a device."""
 
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from statespan.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def describe_machine(device: str = "cpu") -> dict[str, str]:
@@ -37,3 +43,21 @@ def processor_name() -> str:
         query = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
     return platform.processor() or platform.machine()
+
+
+def usable_device(name: "torch.device | str", remedy: str = "try cpu") -> "torch.device":
+    """The device called `name`, or UserError with the remedy where this machine has none."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UserError(f"{str(name)!r} is no device; write cpu, cuda, cuda:1 or mps") from None
+    try:
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise RuntimeError("this machine or this PyTorch has no MPS")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {str(name)!r} cannot be used here: {reason}; {remedy}") from None
+    return device

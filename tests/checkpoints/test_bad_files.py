@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import statespan
 from statespan.checkpoints import detect, load, save
 from statespan.checkpoints.weight_files import SafetensorsFiles, TorchFiles, open_weights
 from statespan.errors import CheckpointError, UserError
@@ -75,6 +76,15 @@ def test_a_name_of_hugging_face(name: str, told: str, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
     fails(Path(name), "does not exist", told)
+
+
+@pytest.mark.parametrize(
+    ("device", "told"), [("gpu", "'gpu' is no device; write cpu"), ("cuda:99", "'cuda:99' cannot be used here")]
+)
+def test_a_device_that_is_none(device: str, told: str, folder: Path) -> None:
+    for make in (lambda: load(folder, device=device), lambda: statespan.build("jamba-tiny", device=device)):
+        with pytest.raises(UserError, match=told):
+            make()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 16])

@@ -22,6 +22,7 @@ from statespan.checkpoints.weight_names import Matched, match_files, pieces_to_w
 from statespan.errors import CheckpointError, UnknownName, UserError
 from statespan.layers.linear import int4_weight
 from statespan.layers.moe import quantize_stack
+from statespan.machine import usable_device
 from statespan.models.config import ModelConfig
 from statespan.models.language_model import LanguageModel
 from statespan.models.quantize import Quantization, is_quantized, quantized_weights
@@ -70,7 +71,7 @@ def load(
     Raises:
         CheckpointError: one line that names the file, key or tensors: something is missing, empty, truncated,
             corrupted, left over, of another shape, or asks for a feature that is not supported.
-        UserError: dtype is no floating type of PyTorch's.
+        UserError: dtype is no floating type of PyTorch's, or there is no such device here.
     Numerics: tensors are read, cast and placed one by one, so the peak is the model and one tensor.
 
     Example:
@@ -78,7 +79,7 @@ def load(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype must be one of PyTorch's floating types, such as torch.bfloat16; got {dtype!r}")
-    found = identify(Path(path))
+    device, found = usable_device(device), identify(Path(path))
     config = found.read_config()
     with torch.device("meta"):
         model = LanguageModel(config)

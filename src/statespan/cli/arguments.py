@@ -4,12 +4,9 @@ import argparse
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from statespan.errors import UnknownName, UserError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -83,21 +80,3 @@ def positive_float(text: str) -> float:
 
 # argparse names the type in "invalid ... value".
 positive_int.__name__, positive_float.__name__ = "whole number", "number"
-
-
-def usable_device(name: str, remedy: str = "try cpu") -> "torch.device":
-    """The device called `name`, or UserError with the remedy where this machine has none."""
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"{name!r} is no device; write cpu, cuda, cuda:1 or mps") from None
-    try:
-        if device.type == "mps" and not torch.backends.mps.is_available():
-            raise RuntimeError("this machine or this PyTorch has no MPS")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}; {remedy}") from None
-    return device

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from statespan.cli.arguments import Command, positive_float, positive_int, usable_device
+from statespan.cli.arguments import Command, positive_float, positive_int
+from statespan.machine import usable_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,11 @@ import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from statespan.cli.arguments import Command, positive_int, usable_device
+from statespan.cli.arguments import Command, positive_int
 from statespan.cli.checkpoint_path import checkpoint_path
 from statespan.cli.stdin import read_stdin
 from statespan.errors import UserError
+from statespan.machine import usable_device
 
 if TYPE_CHECKING:
     from statespan.generation import Speculation

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from statespan.cli.arguments import Command, positive_int, usable_device
+from statespan.cli.arguments import Command, positive_int
 from statespan.cli.checkpoint_path import checkpoint_path
 from statespan.cli.table import print_table
 from statespan.errors import UnknownName, UserError
+from statespan.machine import usable_device
 
 if TYPE_CHECKING:
     from statespan.models.config import ModelConfig

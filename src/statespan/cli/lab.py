@@ -4,8 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from statespan.cli.arguments import Command, positive_int, usable_device
+from statespan.cli.arguments import Command, positive_int
 from statespan.cli.table import print_table
+from statespan.machine import usable_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

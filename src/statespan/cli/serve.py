@@ -8,9 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statespan.cli.arguments import Command, positive_int, usable_device
+from statespan.cli.arguments import Command, positive_int
 from statespan.cli.checkpoint_path import checkpoint_path
 from statespan.errors import UserError
+from statespan.machine import usable_device
 
 if TYPE_CHECKING:
     from statespan.serving.api.options import ServerOptions

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from statespan.cli.arguments import Command, usable_device
+from statespan.cli.arguments import Command
 from statespan.cli.table import print_table
+from statespan.machine import usable_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,9 @@
 
 import argparse
 
-from statespan.cli.arguments import Command, usable_device
+from statespan.cli.arguments import Command
 from statespan.errors import UnknownName, UserError
+from statespan.machine import usable_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

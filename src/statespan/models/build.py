@@ -3,6 +3,7 @@
 import torch
 
 from statespan.errors import UserError
+from statespan.machine import usable_device
 from statespan.models.config import ModelConfig
 from statespan.models.initialization import initialize
 from statespan.models.language_model import LanguageModel
@@ -30,6 +31,7 @@ def build(
         The model, in training mode.
     Raises:
         UnknownName: no preset has that name; the message offers the nearest.
+        UserError: there is no such device here.
 
     Example:
         >>> import statespan
@@ -47,6 +49,7 @@ def build(
 
 def empty_model(config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
     """A model whose weights are allocated and not filled."""
+    device = usable_device(device)
     with torch.device("meta"):
         model = LanguageModel(config).to(dtype)
-    return model if torch.device(device).type == "meta" else model.to_empty(device=device)
+    return model if device.type == "meta" else model.to_empty(device=device)
