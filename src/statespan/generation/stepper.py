@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from statespan.generation.idle import Idle
 from statespan.generation.sampling import BLOCK, Sampling, choose, random_numbers
 from statespan.layers.state import ModelState
+from statespan.models.capture import weakly
 from statespan.models.language_model import LanguageModel
 from statespan.ops.decode_step.tokens import choose_best
 
@@ -39,14 +39,7 @@ class Stepper:
         self._left = 0  # rows of numbers that are not used up
         self.generators: list[torch.Generator] = []
         self.logits = torch.empty(0)
-        own_feed = WeakMethod(self._feed)  # in a circle with its graph a dropped stepper would keep the weights a while
-
-        def feed() -> Tensor:
-            method = own_feed()
-            assert method is not None  # who advances holds the stepper
-            return method()
-
-        self._run = self.decoder.captured(feed)
+        self._run = self.decoder.captured(weakly(self._feed))
 
     def start(
         self,

@@ -2,12 +2,16 @@
 
 import gc
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _turn = threading.RLock()  # PyTorch has one stream for the captures of all threads
 
@@ -40,3 +44,19 @@ def addresses(module: nn.Module) -> tuple[int, ...]:
         found += (x.data_ptr() for kind in ("_parameters", "_buffers") for x in fields[kind].values() if x is not None)
         modules += (child for child in fields["_modules"].values() if child is not None)
     return tuple(found)
+
+
+def weakly(method: Callable[P, R]) -> Callable[P, R]:
+    """A bound method that does not keep its object, which whoever calls it holds.
+
+    For what a decoder or a graph keeps: else these would keep the model, or stay in a circle with their owner, weights
+    and all, until Python looks for circles.
+    """
+    own = WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        found = own()
+        assert found is not None  # the caller holds it
+        return found(*args, **kwargs)
+
+    return call

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from statespan.layers.norm import RMSNorm
 from statespan.layers.routing import RouterMetrics
 from statespan.layers.state import ModelState, SSMState, State
 from statespan.models.backbone import Backbone, Block
+from statespan.models.capture import weakly
 from statespan.models.config import ModelConfig
 from statespan.models.decoder import Decoder
 from statespan.models.prefill import Prefiller, capturable
@@ -228,14 +228,7 @@ class LanguageModel(nn.Module):
     def _decoder_parts(
         self,
     ) -> tuple[nn.Embedding, Sequence[Block], Callable[[Tensor], Tensor], HeadWeights | None]:
-        own_head = WeakMethod(self.head)  # a decoder that is kept must not keep the model
-
-        def head(hidden: Tensor) -> Tensor:
-            method = own_head()
-            assert method is not None  # who decodes holds the model
-            return method(hidden)
-
-        return self.embedding, self.layers, head, self._head_weights()
+        return self.embedding, self.layers, weakly(self.head), self._head_weights()
 
     def _head_weights(self) -> HeadWeights | None:
         """What a prepared decoding step of the head reads; None where the last norm is no RMSNorm."""

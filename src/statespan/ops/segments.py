@@ -1,5 +1,7 @@
 """What the segment number of each token means for ops that mix tokens."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,14 @@ def kernel_marks(segments: Tensor) -> Tensor:
         from statespan.ops.cuda_kernels import marks  # compiles for a GPU, so imported when it runs
 
         if len(segments) <= GRID_ROWS:
-            return marks.token_marks(segments)
+            return marks.token_marks(signed_numbers(segments))
     return token_marks(segments)
 
 
+@overload
+def signed_numbers(segments: Tensor) -> Tensor: ...
+@overload
+def signed_numbers(segments: Tensor | None) -> Tensor | None: ...
 def signed_numbers(segments: Tensor | None) -> Tensor | None:
     """The numbers without gaps, in 32 or 64 bits: kernels put -1 where there is no token."""
     if segments is None or segments.dtype == torch.int32:

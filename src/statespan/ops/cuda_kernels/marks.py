@@ -25,8 +25,7 @@ def _launch(device: torch.device, rows: int, length: int, dtype: torch.dtype) ->
 
 
 def token_marks(segments: Tensor) -> Tensor:
-    """[b t] int8 of `statespan.ops.segments.token_marks`, of at most GRID_ROWS rows."""
-    segments = (segments if segments.dtype in SEGMENT else segments.to(torch.int64)).contiguous()
+    """[b t] int8 of `statespan.ops.segments.token_marks`, of at most GRID_ROWS rows of its `signed_numbers`."""
     marks = torch.empty(segments.shape, dtype=torch.int8, device=segments.device)
     if marks.numel() > 0:
         rows, length = segments.shape

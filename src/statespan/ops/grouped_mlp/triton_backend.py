@@ -154,12 +154,13 @@ def _splits(choices: int, top_k: int, x: Tensor, weight: Tensor) -> int:
 
 def product_tile(x: Tensor, weight: Tensor, rows: int, choices: int) -> Tile:
     """Sizes for so many rows [inputs] an expert on average, of so many in all, and the weights [e outputs inputs]."""
+    int8 = weight.dtype == torch.int8
     if any(size % 16 for size in weight.shape[1:]) or weight.data_ptr() % 16:
         tile = UNALIGNED
     elif x.dtype == torch.float32:
         tile = PRECISE
-    elif rows <= 96 or weight.dtype == torch.int8:
-        tallest = 128 if weight.dtype == torch.int8 and rows > FITTING else 64
+    elif rows <= 96 or int8:
+        tallest = 128 if int8 and rows > FITTING else 64
         height = max(16, min(tallest, power_of_two(2 * rows)))
         tile = _stream(weight, height, min(height, choices))
     else:
